@@ -1,0 +1,72 @@
+"""Schedule-free averaging: a greedy iterate, its average, and the point between them.
+
+Defazio et al., "The Road Less Scheduled" (2024): the fast iterate z takes the steps, x is the
+average of its path, and gradients are taken at y = (1 - beta) z + beta x. The parameters hold y
+while training and x while evaluating; z is kept, and whichever of x and y is not held follows
+from the other and z, so that only one copy of the parameters is stored.
+"""
+
+# torch.optim itself is built from the foreach operations, private in name alone.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quadstep.line import Block
+
+
+class ScheduleFree:
+    """The iterates of schedule-free averaging.
+
+    Args:
+        beta: weight of the average in the point where gradients are taken.
+        kappa: how far the fast iterate steps, in units of the measured rate. The line is measured
+            at y, which moves by a fraction of what z moves.
+    """
+
+    def __init__(self, beta: float = 0.9, kappa: float = 3.0) -> None:
+        self.beta = beta
+        self.kappa = kappa
+
+    def move(self, blocks: list[Block], state: Any, rate: float, weight: float) -> None:
+        """Moves z against the direction, x towards z, and y with both.
+
+        Written for y and z alone, with `s = kappa * rate` and c the weight:
+        `y <- (1 - c) y + c z - (1 - beta (1 - c)) s d` and `z <- z - s d`.
+
+        Args:
+            blocks: the parameters, at y, and their directions.
+            state: the per-parameter state, where z lives.
+            rate: the measured rate.
+            weight: share of the new z in the average x, in (0, 1].
+        """
+        for block in blocks:
+            fast: list[Tensor] = []
+            for owner, param in zip(block.owners, block.params, strict=True):
+                if "z" not in state[owner]:
+                    state[owner]["z"] = param.clone()
+                fast.append(state[owner]["z"])
+            step = self.kappa * rate / block.unit
+            torch._foreach_lerp_(block.params, fast, weight)
+            torch._foreach_add_(
+                block.params, block.direction, alpha=-step * (1.0 - self.beta * (1.0 - weight))
+            )
+            torch._foreach_add_(fast, block.direction, alpha=-step)
+
+    def average(self, params: list[Tensor], state: Any) -> None:
+        """Replaces y by x in the parameters."""
+        self._towards_fast(params, state, 1.0 - 1.0 / self.beta)
+
+    def resume(self, params: list[Tensor], state: Any) -> None:
+        """Replaces x by y in the parameters."""
+        self._towards_fast(params, state, 1.0 - self.beta)
+
+    def _towards_fast(self, params: list[Tensor], state: Any, weight: float) -> None:
+        for param in params:
+            if "z" in state[param]:
+                held = torch.view_as_real(param) if param.is_complex() else param
+                held.lerp_(state[param]["z"], weight)

@@ -1,0 +1,142 @@
+"""Where an update direction comes from: the gradient, the normalised gradient, any optimizer.
+
+A direction returns a `Line` in units of the optimizer's rate. The learning rates of the groups
+enter as ratios to that rate, so that one number, measured along all groups together, moves all.
+"""
+
+# torch.optim itself is built from the foreach operations, private in name alone.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from quadstep.line import Block, Line
+
+Group = dict[str, Any]
+State = Any
+
+
+class Direction(Protocol):
+    """What gives each step its line."""
+
+    def line(self, groups: list[Group], state: State, rate: float, measured: bool) -> Line:
+        """Builds the line of this step from the gradients.
+
+        Args:
+            groups: the param groups; `lr` of each is its rate in force.
+            state: the per-parameter state of the optimizer, advanced once.
+            rate: the rate in force of the optimizer.
+            measured: whether the line will be probed.
+        """
+        ...
+
+
+class Gradient:
+    """The gradient itself: the line of Algorithm 1 of the paper."""
+
+    def line(self, groups: list[Group], state: State, rate: float, measured: bool) -> Line:
+        """Takes the gradients as they are, without a copy."""
+        return Line(gather(groups, rate))
+
+
+class NormalisedGradient:
+    """The gradient divided by the root of its running mean square, as in RMSProp and Adam.
+
+    Args:
+        decay: of the running mean square; unbiased from the first step on, as Adam's.
+        eps: added to the root.
+    """
+
+    def __init__(self, decay: float = 0.999, eps: float = 1e-8) -> None:
+        self.decay = decay
+        self.eps = eps
+
+    def line(self, groups: list[Group], state: State, rate: float, measured: bool) -> Line:
+        """Advances the running mean square and divides by its root."""
+        blocks = gather(groups, rate)
+        for block in blocks:
+            states = [state[owner] for owner in block.owners]
+            for own, param in zip(states, block.params, strict=True):
+                if "square" not in own:
+                    own["step"] = 0
+                    own["square"] = torch.zeros_like(param)
+                own["step"] += 1
+            # A weight that falls from 1 to (1 - decay) keeps the mean unbiased at every step.
+            weights = [(1.0 - self.decay) / (1.0 - self.decay ** own["step"]) for own in states]
+            squares = [own["square"] for own in states]
+            torch._foreach_mul_(squares, [1.0 - weight for weight in weights])
+            torch._foreach_addcmul_(squares, block.direction, block.direction, weights)
+            roots = torch._foreach_sqrt(squares)
+            torch._foreach_add_(roots, self.eps)
+            block.direction = list(torch._foreach_div(block.direction, roots))
+        return Line(blocks)
+
+
+class Displacement:
+    """The displacement of exactly one step of another optimizer, whatever that does.
+
+    Weight decay, momentum, preconditioning and the ratios of its groups come along.
+
+    Args:
+        base: the optimizer; it steps with the rate in force.
+    """
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base = base
+
+    def line(self, groups: list[Group], state: State, rate: float, measured: bool) -> Line:
+        """Steps the base once; the line leads from before the step through where it arrived."""
+        if not measured:
+            self.base.step()
+            return Line([])
+        blocks = gather(groups, rate, sparse=True)
+        start = [[param.clone() for param in block.params] for block in blocks]
+        line = Line(blocks, start)
+        try:
+            self.base.step()
+        except BaseException:
+            line.restore()
+            raise
+        for block, origin in zip(blocks, start, strict=True):
+            block.direction = list(torch._foreach_sub(origin, block.params))
+            block.unit = rate or 1.0
+        return line
+
+
+def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block]:
+    """Builds a block along the gradients for each group that has any.
+
+    Args:
+        groups: the param groups.
+        rate: the optimizer's rate, to which the groups' rates are set in proportion.
+        sparse: whether sparse gradients may pass.
+
+    Raises:
+        RuntimeError: a gradient is sparse and may not be.
+    """
+    blocks: list[Block] = []
+    for group in groups:
+        owners = [param for param in group["params"] if param.grad is not None]
+        if not owners:
+            continue
+        grads = [owner.grad for owner in owners]
+        if not sparse and any(grad.layout is not torch.strided for grad in grads):
+            raise RuntimeError(
+                "LQA got a sparse gradient, which has no dense direction to measure along; "
+                "use a dense layer (sparse=False) or wrap an optimizer for sparse gradients: "
+                "LQA(torch.optim.SparseAdam(params))"
+            )
+        lr = float(group["lr"])
+        unit = rate / lr if lr != 0.0 else math.inf
+        blocks.append(Block(owners, _real(owners), _real(grads), unit if rate else 1.0))
+    return blocks
+
+
+def _real(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]

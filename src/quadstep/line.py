@@ -1,0 +1,231 @@
+"""The loss along a direction: probes that leave no trace, moves that restore exactly.
+
+A `Line` knows nothing of how its direction arose. Moves are written from a snapshot of the start:
+taking a displacement back by subtraction would round, a snapshot costs one transient copy of the
+parameters while a line is measured and returns them bit for bit.
+"""
+
+# torch.optim itself is built from the foreach operations, private in name alone.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import operator
+import random
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Closure = Callable[[], Tensor]
+
+
+@dataclass(slots=True)
+class Block:
+    """The parameters of one group that have gradients, and where they are headed.
+
+    Attributes:
+        owners: the parameters themselves, the keys of the optimizer's state.
+        params: the same as real tensors (views, where a parameter is complex).
+        direction: what a step subtracts from each of them, of the same shapes.
+        unit: the rate of the optimizer at which a step subtracts the direction once; carries the
+            ratios between the rates of the groups.
+    """
+
+    owners: list[Tensor]
+    params: list[Tensor]
+    direction: list[Tensor]
+    unit: float
+
+
+class Line:
+    """The points `theta - rate / unit * direction` of all blocks together.
+
+    Args:
+        blocks: the parameters and their directions.
+        start: copies of the parameters at rate zero, block by block, where they are elsewhere now;
+            by default the parameters are at rate zero and are copied before the first probe.
+    """
+
+    def __init__(self, blocks: list[Block], start: list[list[Tensor]] | None = None) -> None:
+        self.blocks = blocks
+        self._start = start
+        self._displaced = start is not None
+
+    def move(self, rate: float) -> None:
+        """Takes the parameters to a rate; the restore is part of the move."""
+        self.restore()
+        self._displaced = rate != 0.0
+        if self._displaced:
+            for block in self.blocks:
+                torch._foreach_add_(block.params, block.direction, alpha=-rate / block.unit)
+
+    def restore(self) -> None:
+        """Returns the parameters to rate zero, bit for bit."""
+        if self._displaced and self._start is not None:
+            for block, start in zip(self.blocks, self._start, strict=True):
+                torch._foreach_copy_(block.params, start)
+        self._displaced = False
+
+    def losses(self, evaluate: Closure, rates: Iterable[float]) -> list[Tensor]:
+        """Evaluates the loss at several rates and returns to rate zero, however that ends.
+
+        Args:
+            evaluate: returns the loss at the present parameters.
+            rates: where on the line; negative ones lie uphill.
+
+        Returns:
+            The losses, in the order of the rates.
+        """
+        if self._start is None:
+            self._start = [[param.clone() for param in block.params] for block in self.blocks]
+        losses: list[Tensor] = []
+        try:
+            for rate in rates:
+                self.move(rate)
+                losses.append(evaluate())
+        finally:
+            self.restore()
+        return losses
+
+
+@dataclass(frozen=True, slots=True)
+class RandomSource:
+    """One source of random numbers: how its state is read, set and compared."""
+
+    get: Callable[[], Any]
+    set: Callable[[Any], object]
+    same: Callable[[Any, Any], bool]
+
+
+@dataclass(slots=True)
+class Moment:
+    """The random generators and module buffers as they were at one time.
+
+    Attributes:
+        generators: each generator and its state.
+        buffers: the owner, name, tensor and copied values of every buffer.
+    """
+
+    generators: list[tuple[RandomSource, Any]]
+    buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
+
+    def restore(self) -> None:
+        """Sets everything back."""
+        for generator, state in self.generators:
+            generator.set(state)
+        self.restore_buffers()
+
+    def restore_buffers(self) -> None:
+        """Sets the buffers back, in place; one that was replaced becomes the old tensor again."""
+        for owner, name, buffer, values in self.buffers:
+            owner._buffers[name] = buffer
+            buffer.copy_(values)
+
+    def advanced(self, since: Moment) -> tuple[Moment, Moment]:
+        """Pairs this moment with an earlier one, both without the generators that stood still."""
+        moved = [
+            (generator, before, after)
+            for (generator, before), (_, after) in zip(
+                since.generators, self.generators, strict=True
+            )
+            if not generator.same(before, after)
+        ]
+        return (
+            Moment([(generator, before) for generator, before, _ in moved], since.buffers),
+            Moment([(generator, after) for generator, _, after in moved], self.buffers),
+        )
+
+
+class Surroundings:
+    """What a closure touches besides the parameters: random generators and module buffers.
+
+    An optimizer is given parameters, not modules, so the modules that own buffers are those seen
+    to run during the first closure.
+    """
+
+    def __init__(self) -> None:
+        self._modules: list[weakref.ref[nn.Module]] | None = None
+        self._generators: list[RandomSource] | None = None
+
+    @contextmanager
+    def discovering(self, moment: Moment) -> Generator[None]:
+        """Notes which modules run, the first time; adds their untouched buffers to `moment`.
+
+        Compiled modules run eagerly meanwhile: a hook that is there once would be compiled in.
+        """
+        if self._modules is not None:
+            yield
+            return
+        seen: set[nn.Module] = set()
+
+        def note(module: nn.Module, _: object) -> None:
+            if module not in seen:
+                fresh = [part for part in module.modules() if part not in seen]
+                seen.update(fresh)
+                moment.buffers.extend(_copies(fresh))
+
+        hook = nn.modules.module.register_module_forward_pre_hook(note)
+        try:
+            with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Using `torch.compile.* global hooks")
+                yield
+        finally:
+            hook.remove()
+        self._modules = [weakref.ref(module) for module in seen if module._buffers]
+
+    def capture(self, devices: Iterable[torch.device] | None) -> Moment:
+        """Copies the buffers and the states of the generators.
+
+        Args:
+            devices: where the parameters live; their generators join CPU's, Python's and NumPy's.
+                None leaves all generators out.
+        """
+        states: list[tuple[RandomSource, Any]] = []
+        if devices is not None:
+            if self._generators is None:
+                self._generators = _generators(devices)
+            states = [(generator, generator.get()) for generator in self._generators]
+        alive = (reference() for reference in self._modules or ())
+        return Moment(states, _copies(module for module in alive if module is not None))
+
+
+def _copies(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    return [
+        (module, name, buffer, buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+def _generators(devices: Iterable[torch.device]) -> list[RandomSource]:
+    generators = [
+        RandomSource(torch.get_rng_state, torch.set_rng_state, torch.equal),
+        RandomSource(random.getstate, random.setstate, operator.eq),
+    ]
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            module = torch.get_device_module(device)
+            generators.append(
+                RandomSource(
+                    partial(module.get_rng_state, device),
+                    partial(module.set_rng_state, device=device),
+                    torch.equal,
+                )
+            )
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+
+        def same(one: Any, other: Any) -> bool:
+            return one[2:] == other[2:] and bool((one[1] == other[1]).all())
+
+        generators.append(RandomSource(numpy.random.get_state, numpy.random.set_state, same))
+    return generators

@@ -1,0 +1,519 @@
+"""LQA: a torch optimizer that measures its learning rate.
+
+`LQA.step` is the map of the package: gradient pass, direction, probes on the line, parabola,
+safeguarded rate, update.
+"""
+
+# torch.optim itself is built from the foreach operations, private in name alone.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from quadstep.averaging import ScheduleFree
+from quadstep.direction import Direction, Displacement, Gradient, NormalisedGradient
+from quadstep.line import Closure, Line, Moment, Surroundings
+from quadstep.parabola import Decision, Exact, Parabola, Points, Reason, Safeguarded
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the last step saw and did.
+
+    Attributes:
+        loss: the loss before the step.
+        slope: a of equation (2), the decrease of the loss per unit of rate; where the measurements
+            are smoothed, the smoothed one.
+        curvature: b of equation (2), likewise.
+        rate: the rate in force after the step.
+        reason: why the rate is what it is.
+        forwards: evaluations of the closure.
+        backwards: backward passes.
+        counts: how many steps ended for each reason since the optimizer was made.
+    """
+
+    loss: float
+    slope: float
+    curvature: float
+    rate: float
+    reason: Reason
+    forwards: int
+    backwards: int
+    counts: Mapping[Reason, int] = field(default_factory=dict[Reason, int])
+
+
+class LQA(Optimizer):
+    """Learns without a learning rate: the rate is the minimiser of a measured parabola.
+
+    Args:
+        params: parameters or param groups, or a `torch.optim` optimizer, whose steps are then the
+            directions and whose learning rates are measured. The learning rates of several groups
+            keep their ratios.
+        direction: "rms", the gradient over its running root mean square, or "sgd", the gradient.
+        averaging: "schedule-free" takes greedy steps and keeps their average, shown by `eval()`;
+            None keeps the last iterate. By default schedule-free along "rms", else None.
+        delta0: the first rate and probe radius; later ones are measured. By default 1e-4 along
+            "rms" and 0.1 along "sgd"; a wrapped optimizer brings its own learning rate.
+        every: measure once in so many steps (and at once whenever the last measurement hit a
+            limit). By default 10 with averaging and 1 without.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument is out of range.
+
+    Source: Zhu et al., CIKM 2020, sections 3.2 and Algorithm 1; what goes beyond it is said in
+    `parabola.Safeguarded` and `averaging.ScheduleFree`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        direction: Literal["rms", "sgd"] | None = None,
+        averaging: Literal["auto", "schedule-free"] | None = "auto",
+        delta0: float | None = None,
+        every: int | None = None,
+    ) -> None:
+        base: Optimizer | None = params if isinstance(params, Optimizer) else None
+        if base is not None:
+            _check_base(base, direction, delta0)
+        elif direction not in (None, "rms", "sgd"):
+            raise ValueError(
+                f'direction must be "rms" or "sgd", got {direction!r}; to follow another '
+                "optimizer's steps pass the optimizer itself: LQA(torch.optim.AdamW(params))"
+            )
+        if averaging not in (None, "auto", "schedule-free"):
+            raise ValueError(f'averaging must be "schedule-free" or None, got {averaging!r}')
+        greedy = base is None and direction != "sgd"
+        averaged = averaging == "schedule-free" or (averaging == "auto" and greedy)
+        if every is not None and (every != int(every) or every < 1):
+            raise ValueError(f"every must be a whole number of steps, at least 1, got {every!r}")
+        if delta0 is None:
+            delta0 = 1e-4 if greedy else 0.1
+        _check_delta0(delta0)
+
+        self._direction: Direction
+        if base is not None:
+            self._direction = Displacement(base)
+        else:
+            self._direction = NormalisedGradient() if greedy else Gradient()
+        self._averaging = ScheduleFree() if averaged else None
+        self._every = every or (10 if averaged else 1)
+        # The averages look back over about a hundred steps, however often those are measured.
+        self._search: Safeguarded | Exact = Safeguarded(smoothing=0.99**self._every, growth=2.0)
+        self._wait = 0
+        self._moves = 0
+        self._training = True
+        self._closure_runs_backward = False
+        self._counts: Counter[Reason] = Counter()
+        self._last: tuple[Tensor | None, Reason, int, int] = (None, Reason.HELD, 0, 0)
+        self._surroundings = Surroundings()
+        groups: Any = params if base is None else base.param_groups
+        super().__init__(groups, {"lr": delta0} if base is None else base.defaults)
+        self._share()
+
+    @classmethod
+    def paper(cls, params: Any, delta0: float = 0.1) -> Self:
+        """Algorithm 1 to the letter: gradient direction, two probes a step, no safeguards.
+
+        The rate is the vertex of the parabola, negative or huge as it may be. Where the printed
+        algorithm divides by zero or overflows, the report says `non_finite`, the parameters stay
+        and the last finite rate remains the probe radius.
+
+        Args:
+            params: parameters or param groups.
+            delta0: initial (small) learning rate, the first probe radius.
+        """
+        if isinstance(params, Optimizer):
+            raise TypeError(
+                "LQA.paper follows the gradient and takes parameters, not an optimizer; "
+                "use LQA(optimizer) to measure along another optimizer's steps"
+            )
+        optimizer = cls(params, direction="sgd", averaging=None, delta0=delta0)
+        optimizer._search = Exact()
+        return optimizer
+
+    @property
+    def rate(self) -> float:
+        """The rate in force: the `lr` of the first group that has one other than zero."""
+        rates = [float(group["lr"]) for group in self.param_groups]
+        return next((rate for rate in rates if rate != 0.0), 0.0)
+
+    @property
+    def report(self) -> Report:
+        """The record of the last step; reading it waits for the device."""
+        loss, reason, forwards, backwards = self._last
+        parabola = self._search.parabola
+        return Report(
+            loss=math.nan if loss is None else float(loss),
+            slope=parabola.slope,
+            curvature=parabola.curvature,
+            rate=self.rate,
+            reason=reason,
+            forwards=forwards,
+            backwards=backwards,
+            counts=dict(self._counts),
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Closure, *, loss: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Takes one step.
+
+        Args:
+            closure: runs the model forward on this step's batch and returns the loss, a scalar
+                tensor. It is called with gradients enabled once, and twice more without where the
+                step measures.
+            loss: for the two-phase use: the caller has run `loss.backward()` already, the
+                gradients are taken as they are and the closure is only probed (three times where
+                the step measures). Must be what the closure returns at the same parameters.
+
+        Returns:
+            The loss before the step, detached.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: the closure is missing or returns something other
+                than a differentiable scalar loss, or no gradient arrived; nothing has moved then.
+        """
+        self._check_call(closure, loss)
+        self._share()
+        rate, due, line = self.rate, self._wait == 0, None
+        own, probes = int(loss is None), 0
+        before = self._surroundings.capture(self._devices() if due else None)
+        try:
+            centre = self._gradient_pass(closure, loss, before)
+            if not self._finite(centre):
+                before.restore_buffers()
+                return self._finish(centre, Decision(rate, 0.0, Reason.NON_FINITE), own)
+            keep = due or self._averaging is not None
+            line = self._direction.line(self.param_groups, self.state, rate, keep)
+            if not due:
+                decision = Decision(rate, rate, Reason.HELD)
+            else:
+                points, probes = self._measure(closure, loss, centre, line, before)
+                self._search, decision = self._search.decide(rate, points)
+                if decision.reason is Reason.NON_FINITE and math.isfinite(points.centre):
+                    before.restore()
+            self._move(line, decision)
+        except BaseException:
+            if line is not None:
+                line.restore()
+            before.restore()
+            raise
+        return self._finish(centre, decision, own, probes)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the averaged weights into the parameters, to validate and to save."""
+        if self._training and self._averaging is not None:
+            self._averaging.average(self._parameters(), self.state)
+        self._training = False
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the weights back that training goes on from."""
+        if not self._training and self._averaging is not None:
+            self._averaging.resume(self._parameters(), self.state)
+        self._training = True
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with the optimizer that loads it."""
+        return {
+            "direction": type(self._direction).__name__,
+            "base": type(self._direction.base).__name__
+            if isinstance(self._direction, Displacement)
+            else None,
+            "search": type(self._search).__name__,
+            "averaging": self._averaging is not None,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as torch's optimizers do, with LQA's own under "lqa" in group 0."""
+        self._share()
+        state = super().state_dict()
+        state["param_groups"][0]["lqa"] = {
+            "version": STATE_VERSION,
+            "configuration": self.configuration,
+            "search": asdict(self._search),
+            "wait": self._wait,
+            "moves": self._moves,
+            "training": self._training,
+            "counts": {reason.value: count for reason, count in self._counts.items()},
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state; training goes on bit for bit where it was saved.
+
+        Raises:
+            ValueError: the state was saved by another optimizer, version or configuration.
+        """
+        saved = _saved(state_dict)
+        for key, own in self.configuration.items():
+            if saved["configuration"].get(key) != own:
+                raise ValueError(
+                    f"state_dict was saved with {key} = {saved['configuration'].get(key)!r}, this "
+                    f"optimizer has {key} = {own!r}; construct LQA as it was when it was saved"
+                )
+        self._share()
+        super().load_state_dict(state_dict)
+        del self.param_groups[0]["lqa"]
+        if isinstance(self._direction, Displacement):
+            self._direction.base.__setstate__(
+                {"state": self.state, "param_groups": self.param_groups}
+            )
+        parabola = Parabola(**saved["search"]["parabola"])
+        self._search = replace(self._search, **(saved["search"] | {"parabola": parabola}))
+        self._wait = saved["wait"]
+        self._moves = saved["moves"]
+        self._training = saved["training"]
+        self._counts = Counter({Reason(key): count for key, count in saved["counts"].items()})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; without an `lr` of its own it gets the rate in force."""
+        rate = float(param_group.get("lr", 0.0))
+        if not 0.0 <= rate < math.inf:
+            raise ValueError(f"lr must be finite and not negative, got {rate!r}")
+        if self._counts:
+            param_group.setdefault("lr", self.rate)
+        if self._counts and isinstance(self._direction, Displacement):
+            self._direction.base.add_param_group(param_group)
+        else:
+            super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {key: value for key, value in vars(self).items() if key in _PICKLED}
+        return super().__getstate__() | own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_surroundings" not in vars(self):
+            self._surroundings = Surroundings()
+
+    def _share(self) -> None:
+        """Makes groups and state those of the wrapped optimizer, which may have replaced them."""
+        if isinstance(self._direction, Displacement):
+            self.param_groups = self._direction.base.param_groups
+            self.state = self._direction.base.state
+
+    def _parameters(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _devices(self) -> set[torch.device]:
+        return {param.device for param in self._parameters()}
+
+    def _check_call(self, closure: Any, loss: Any) -> None:
+        if not callable(closure):
+            raise TypeError(
+                f"step() needs a closure that returns the loss, got {type(closure).__name__}; "
+                "call it as opt.step(lambda: loss_fn(model(x), y))"
+            )
+        if loss is not None:
+            _check_loss(loss, "loss")
+        if not self._training:
+            raise RuntimeError(
+                "step() was called while the parameters hold the averaged weights; "
+                "call opt.train() first"
+            )
+
+    def _gradient_pass(self, closure: Closure, loss: Tensor | None, before: Moment) -> Tensor:
+        """Evaluates the loss and its gradients, unless the caller has done so."""
+        if loss is None:
+            self.zero_grad()
+            with torch.enable_grad(), self._surroundings.discovering(before):
+                loss = closure()
+            _check_loss(loss, "closure")
+            # Gradients were cleared: any that are here now come from the closure itself.
+            if any(param.grad is not None for param in self._parameters()):
+                self._note_backward_in_closure()
+            elif not loss.requires_grad:
+                raise RuntimeError(
+                    "the loss that closure returned does not require grad; compute it from the "
+                    "optimizer's parameters, without torch.no_grad(), .detach() or .item()"
+                )
+            else:
+                torch.autograd.backward(loss)
+        if all(param.grad is None for param in self._parameters()):
+            raise RuntimeError(
+                "no parameter of the optimizer has a gradient; compute the loss from the "
+                "parameters given to LQA, and in the two-phase use call loss.backward() before "
+                "step()"
+            )
+        return loss.detach()
+
+    def _note_backward_in_closure(self) -> None:
+        if not self._closure_runs_backward:
+            warnings.warn(
+                "the closure calls backward() itself, so each probe pays for a backward pass; "
+                "return the loss alone, LQA runs backward",
+                stacklevel=4,
+            )
+        self._closure_runs_backward = True
+
+    def _finite(self, loss: Tensor) -> bool:
+        """Whether loss and gradients are finite; on accelerators only a measurement looks."""
+        if loss.device.type != "cpu":
+            return True
+        if not math.isfinite(loss):
+            return False
+        grads = [param.grad for param in self._parameters() if param.grad is not None]
+        dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
+        norms = torch._foreach_norm([grad for grad in dense if grad.numel()], ord=math.inf)
+        return all(map(math.isfinite, norms))
+
+    def _measure(
+        self, closure: Closure, loss: Tensor | None, centre: Tensor, line: Line, before: Moment
+    ) -> tuple[Points, int]:
+        """Probes the line; the generators, buffers and gradients stay as the gradient pass left.
+
+        In the two-phase use the caller's forward pass drew random numbers of its own, so the
+        centre is evaluated again under those of the probes.
+        """
+        after = self._surroundings.capture(self._devices())
+        if loss is None:
+            # What the gradient pass did not draw from, the probes will not either.
+            before, after = after.advanced(before)
+
+        def evaluate() -> Tensor:
+            before.restore()
+            torch.clear_autocast_cache()
+            with torch.set_grad_enabled(self._closure_runs_backward):
+                probe = closure()
+            _check_loss(probe, "closure")
+            return probe.detach().reshape(())
+
+        radius = self._search.radius(self.rate)
+        rates = (radius, -radius) if loss is None else (radius, 0.0, -radius)
+        # Out of reach of a closure that clears or accumulates gradients.
+        grads = [(param, param.grad) for param in self._parameters()]
+        for param, _ in grads:
+            param.grad = None
+        try:
+            losses = line.losses(evaluate, rates)
+        finally:
+            for param, grad in grads:
+                param.grad = grad
+            after.restore()
+        if loss is None:
+            losses.insert(1, centre.reshape(()))
+        # The one wait for the device.
+        minus, middle, plus = map(float, torch.stack(losses).cpu())
+        resolution = torch.finfo(centre.dtype).eps
+        return Points(radius, minus, middle, plus, resolution), len(rates)
+
+    def _move(self, line: Line, decision: Decision) -> None:
+        """Moves the parameters from where the line starts and puts the new rate in force."""
+        if self._averaging is None:
+            line.move(decision.step)
+        else:
+            line.restore()
+            if decision.step:
+                self._moves += 1
+                self._averaging.move(line.blocks, self.state, decision.step, 1.0 / self._moves)
+        old = self.rate
+        for group in self.param_groups:
+            rate = decision.rate * (float(group["lr"]) / old if old else 1.0)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _finish(self, loss: Tensor, decision: Decision, own: int, probes: int = 0) -> Tensor:
+        """Books the step and sets when to measure next: at once after anything but a minimum."""
+        if decision.reason is Reason.HELD:
+            self._wait -= 1
+        else:
+            settled = decision.reason is Reason.MINIMUM and decision.step != 0.0
+            self._wait = self._every - 1 if settled else 0
+        backwards = own + (probes if self._closure_runs_backward else 0)
+        self._counts[decision.reason] += 1
+        self._last = (loss, decision.reason, own + probes, backwards)
+        return loss
+
+
+_PICKLED = frozenset(
+    (
+        "_averaging",
+        "_closure_runs_backward",
+        "_counts",
+        "_direction",
+        "_every",
+        "_last",
+        "_moves",
+        "_search",
+        "_training",
+        "_wait",
+    )
+)
+
+
+def _check_base(base: Optimizer, direction: str | None, delta0: float | None) -> None:
+    if isinstance(base, LQA | torch.optim.LBFGS):
+        raise TypeError(
+            f"LQA cannot wrap {type(base).__name__}, which searches its own line; "
+            "pass the parameters, or an optimizer that takes plain steps"
+        )
+    if direction is not None:
+        raise ValueError(
+            f"direction is the wrapped optimizer's own step, got direction={direction!r}; "
+            "leave it out, or pass parameters instead of an optimizer"
+        )
+    if delta0 is not None:
+        raise ValueError(
+            f"delta0 is the wrapped optimizer's own lr, got delta0={delta0!r}; "
+            f"set it there: {type(base).__name__}(params, lr={delta0!r})"
+        )
+
+
+def _check_delta0(value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0.0 < value < math.inf):
+        raise ValueError(
+            f"delta0 must be a positive finite number, got {value!r}; "
+            "it is only the first rate, a small one such as 1e-4 is safe"
+        )
+
+
+def _check_loss(loss: Any, name: str) -> None:
+    source = "closure must return the loss" if name == "closure" else "loss must be given"
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"{source} as a scalar tensor, got {type(loss).__name__}; "
+            "use the loss itself, not loss.item(), a tuple or None"
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"{source} as a scalar tensor, got shape {tuple(loss.shape)}; "
+            "reduce it, for example with .mean()"
+        )
+    if not loss.is_floating_point():
+        raise TypeError(f"{source} as a real floating-point tensor, got {loss.dtype}")
+
+
+def _saved(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The part of a state dict that is LQA's own."""
+    groups: list[dict[str, Any]] = state_dict.get("param_groups", [])
+    saved: dict[str, Any] | None = groups[0].get("lqa") if groups else None
+    if saved is None:
+        raise ValueError(
+            "state_dict was not saved by LQA: its first param group has no entry 'lqa'; "
+            "load it into the optimizer that saved it"
+        )
+    if saved["version"] != STATE_VERSION:
+        raise ValueError(
+            f"state_dict has version {saved['version']}, this quadstep reads {STATE_VERSION}; "
+            "load it with the quadstep that saved it"
+        )
+    return saved

@@ -1,0 +1,279 @@
+"""The parabola through three losses on a line, its minimiser, and the rate that may be trusted.
+
+Scalar mathematics on Python floats (float64): nothing here knows of parameters, models or devices.
+Equation numbers are those of Zhu et al., "Automatic, Dynamic, and Nearly Optimal Learning Rate
+Specification by Local Quadratic Approximation" (CIKM 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+SMALLEST_RATE = 1e-30
+LARGEST_RATE = 1e30
+
+
+class Reason(StrEnum):
+    """Why the rate of a step is what it is."""
+
+    MINIMUM = "minimum"
+    """The rate is the minimiser of the parabola."""
+    HELD = "held"
+    """The step was not measured: the last rate stays in force."""
+    GROWN = "grown"
+    """The minimiser lies beyond the growth limit, the rate went up to the limit."""
+    SHRUNK = "shrunk"
+    """The minimiser lies below the shrink limit, the rate went down to the limit."""
+    CONCAVE = "concave"
+    """The parabola opens downwards (b <= 0) and has no minimum: the rate grew."""
+    ASCENT = "ascent"
+    """The loss rises along the direction (a <= 0): the rate shrank."""
+    NOISE = "noise"
+    """The losses differ by less than rounding resolves: the probes move further out."""
+    NON_FINITE = "non_finite"
+    """A loss, a gradient or the measured rate is infinite or not a number: the step was undone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """The losses at three points of a line.
+
+    Attributes:
+        radius: distance of the outer points from the centre, in units of the rate (delta0).
+        minus: loss at `theta - radius * d`, where a step of that rate would arrive.
+        centre: loss at `theta`.
+        plus: loss at `theta + radius * d`.
+        resolution: relative rounding error of one loss, the epsilon of its dtype.
+    """
+
+    radius: float
+    minus: float
+    centre: float
+    plus: float
+    resolution: float = 2.0**-52
+
+    @property
+    def finite(self) -> bool:
+        """Whether all three losses are finite."""
+        return all(map(math.isfinite, (self.minus, self.centre, self.plus)))
+
+    @property
+    def rounding(self) -> float:
+        """The rounding error to expect in a difference of two of the losses."""
+        return 4.0 * self.resolution * max(abs(self.minus), abs(self.centre), abs(self.plus))
+
+
+@dataclass(frozen=True, slots=True)
+class Parabola:
+    """The change of the loss with the rate, `-slope * rate + curvature * rate**2` (equation 2).
+
+    Attributes:
+        slope: the decrease of the loss per unit of rate at rate zero, a of equation (7).
+        curvature: half the second derivative along the line, b of equation (6).
+    """
+
+    slope: float
+    curvature: float
+
+    @classmethod
+    def fit(cls, points: Points) -> Parabola:
+        """Passes a parabola through three points (equations 6 and 7)."""
+        rise = points.plus - points.centre
+        fall = points.minus - points.centre
+        return cls(
+            slope=_divide(points.plus - points.minus, 2.0 * points.radius),
+            curvature=_divide(_divide(rise + fall, 2.0 * points.radius), points.radius),
+        )
+
+    @property
+    def minimiser(self) -> float:
+        """The rate at the vertex, `slope / (2 * curvature)` (equation 3); infinite if flat."""
+        return _divide(self.slope, 2.0 * self.curvature)
+
+    @property
+    def finite(self) -> bool:
+        """Whether both coefficients are finite."""
+        return math.isfinite(self.slope) and math.isfinite(self.curvature)
+
+    @property
+    def descends(self) -> bool:
+        """Whether the parabola has a minimum at a positive rate."""
+        return self.slope > 0.0 and self.curvature > 0.0
+
+    def blend(self, other: Parabola, weight: float) -> Parabola:
+        """Moves both coefficients towards another parabola's by a weight in [0, 1]."""
+        return Parabola(
+            slope=(1.0 - weight) * self.slope + weight * other.slope,
+            curvature=(1.0 - weight) * self.curvature + weight * other.curvature,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a measurement decides.
+
+    Attributes:
+        rate: the rate in force from now on.
+        step: the rate to step with now: `rate`, or zero where the line is not to be trusted yet.
+        reason: why.
+    """
+
+    rate: float
+    step: float
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Algorithm 1 as printed: the rate is the vertex, whatever it is.
+
+    Attributes:
+        parabola: the last fit.
+    """
+
+    parabola: Parabola = Parabola(0.0, 0.0)
+
+    def radius(self, rate: float) -> float:
+        """The distance of the probes: delta0, the last minimiser (section 3.2)."""
+        return rate
+
+    def decide(self, rate: float, points: Points) -> tuple[Exact, Decision]:
+        """Takes the vertex; one that is not finite leaves the parameters where they are."""
+        fit = Parabola.fit(points)
+        minimiser = fit.minimiser
+        if not (points.finite and math.isfinite(minimiser)):
+            return self, Decision(rate, 0.0, Reason.NON_FINITE)
+        if fit.curvature <= 0.0:
+            reason = Reason.CONCAVE
+        elif fit.slope <= 0.0:
+            reason = Reason.ASCENT
+        else:
+            reason = Reason.MINIMUM
+        return Exact(fit), Decision(minimiser, minimiser, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Safeguarded:
+    """The vertex of a running parabola, kept within what the probes can vouch for.
+
+    Slope and curvature are averaged one by one and then divided: a batch with a steep line counts
+    for more than one with a flat line, and no single ratio of small differences decides.
+
+    Attributes:
+        smoothing: weight of the past in the averages, in [0, 1); 0 trusts each batch by itself.
+        growth: the largest factor by which one measurement raises the rate.
+        parabola: the running parabola, per unit of rate.
+        level: the running mean of the absolute loss, the scale of what is a large change.
+        reach: the least distance of the probes at which the losses differ by more than rounding.
+    """
+
+    smoothing: float
+    growth: float
+    parabola: Parabola = Parabola(0.0, 0.0)
+    level: float = 0.0
+    reach: float = 0.0
+
+    SHRINK = 0.1
+    """The smallest factor by which one measurement lowers the rate."""
+    CONTRADICTION = 10.0
+    """A running parabola whose vertex is this factor off a clear measurement is forgotten."""
+    SIGNAL = 1e3
+    """Probes go out to where the curvature shows this many times above rounding."""
+
+    def radius(self, rate: float) -> float:
+        """The distance of the probes: the rate in force, or further where that drowns in rounding.
+
+        Without this a tiny rate would be measured from differences of rounding errors.
+        """
+        return _clamp(max(rate, self.reach))
+
+    def decide(self, rate: float, points: Points) -> tuple[Safeguarded, Decision]:
+        """Chooses the next rate: positive, finite, in [0.1 * rate, growth * rate].
+
+        A step is taken only with a rate that the line was measured at: after a cut by more than
+        half, on a rising line or on a non-finite one, the parameters wait for the next measurement.
+        """
+        rate = _clamp(rate)
+        fit = Parabola.fit(points)
+        if not (points.finite and fit.finite):
+            return self._retreat(rate, points, 0.0, Reason.NON_FINITE)
+        if points.minus - points.centre > max(abs(points.centre), self.level):
+            # So far out the fit is no parabola: its vertex is a hint, not a place to go.
+            hint = fit.minimiser if fit.descends else 0.0
+            return self._retreat(rate, points, hint, Reason.SHRUNK)
+        bend = abs(points.plus - points.centre + (points.minus - points.centre))
+        if bend <= points.rounding:
+            return self._beyond_rounding(rate, points)
+
+        parabola = self._average(fit)
+        reach = points.radius * math.sqrt(self.SIGNAL * points.rounding / bend)
+        level = self._level(abs(points.centre))
+        tracked = replace(self, parabola=parabola, level=level, reach=reach)
+        limit = _clamp(rate * self.growth)
+        if parabola.slope <= 0.0:
+            return tracked, Decision(_clamp(rate / self.growth), 0.0, Reason.ASCENT)
+        if parabola.curvature <= 0.0:
+            return tracked, Decision(limit, limit, Reason.CONCAVE)
+        minimiser = _clamp(parabola.minimiser)
+        if minimiser > limit:
+            return tracked, Decision(limit, limit, Reason.GROWN)
+        if minimiser < rate * self.SHRINK:
+            return tracked, Decision(_clamp(rate * self.SHRINK), 0.0, Reason.SHRUNK)
+        step = minimiser if minimiser >= 0.5 * rate else 0.0
+        return tracked, Decision(minimiser, step, Reason.MINIMUM)
+
+    def _retreat(
+        self, rate: float, points: Points, hint: float, reason: Reason
+    ) -> tuple[Safeguarded, Decision]:
+        """The loss blew up at the probes: draws them in and takes no step.
+
+        Probes beyond the rate in force say nothing of the rate itself, which then stays.
+        """
+        if points.radius <= rate:
+            rate = _clamp(rate * min(max(hint / rate, self.SHRINK), 0.5))
+        return replace(self, reach=0.0), Decision(rate, 0.0, reason)
+
+    def _beyond_rounding(self, rate: float, points: Points) -> tuple[Safeguarded, Decision]:
+        """No curvature shows: sends the probes further out.
+
+        A step whose whole effect drowns in rounding is too small and harmless, so the rate follows
+        the probes; where a slope does show, it does not.
+        """
+        if abs(points.plus - points.minus) <= points.rounding:
+            rate = max(rate, _clamp(points.radius))
+        return (
+            replace(self, reach=_clamp(10.0 * points.radius)),
+            Decision(rate, rate, Reason.NOISE),
+        )
+
+    def _average(self, fit: Parabola) -> Parabola:
+        """Averages a fit into the running parabola, or starts afresh where the two contradict."""
+        if fit.descends:
+            past, present = self.parabola.minimiser, fit.minimiser
+            agree = self.parabola.descends and (
+                present <= self.CONTRADICTION * past and past <= self.CONTRADICTION * present
+            )
+            if not agree:
+                return fit
+        return self.parabola.blend(fit, 1.0 - self.smoothing)
+
+    def _level(self, loss: float) -> float:
+        """Averages the loss; a single huge one counts for no more than ten times the mean."""
+        if self.level == 0.0:
+            return loss
+        return self.smoothing * self.level + (1.0 - self.smoothing) * min(loss, 10.0 * self.level)
+
+
+def _clamp(rate: float) -> float:
+    return min(max(rate, SMALLEST_RATE), LARGEST_RATE)
+
+
+def _divide(numerator: float, denominator: float) -> float:
+    """IEEE division: x / 0 is infinite and 0 / 0 is not a number, neither an exception."""
+    if denominator != 0.0:
+        return numerator / denominator
+    if numerator == 0.0 or math.isnan(numerator):
+        return math.nan
+    return math.copysign(math.inf, numerator) * math.copysign(1.0, denominator)

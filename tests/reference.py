@@ -1,0 +1,51 @@
+"""Slow, plain references, written from the paper's text and knowing nothing of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def algorithm_1(
+    loss: Callable[[list[Tensor], int], Tensor], theta: list[Tensor], delta0: float, steps: int
+) -> tuple[list[Tensor], list[float]]:
+    """Algorithm 1 with equations (3), (6) and (7); returns the parameters and every delta*."""
+    rates = []
+    for k in range(steps):
+        point = [t.detach().clone().requires_grad_() for t in theta]
+        at_theta = loss(point, k)
+        gradient = torch.autograd.grad(at_theta, point)
+        with torch.no_grad():
+            minus = loss([t - delta0 * g for t, g in zip(theta, gradient, strict=True)], k)
+            plus = loss([t + delta0 * g for t, g in zip(theta, gradient, strict=True)], k)
+        l_0, l_minus, l_plus = at_theta.item(), minus.item(), plus.item()
+        b = (l_plus + l_minus - 2.0 * l_0) / (2.0 * delta0**2)
+        a = (l_plus - l_minus) / (2.0 * delta0)
+        delta = a / (2.0 * b)
+        theta = [t - delta * g for t, g in zip(theta, gradient, strict=True)]
+        rates.append(delta)
+        delta0 = delta
+    return theta, rates
+
+
+def schedule_free(
+    gradient: Callable[[Tensor], Tensor],
+    start: Tensor,
+    rates: list[float],
+    beta: float,
+    kappa: float,
+    decay: float = 0.999,
+    eps: float = 1e-8,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The averaged iterates along the normalised gradient, x, y and z each kept for itself."""
+    x, y, z, v = start.clone(), start.clone(), start.clone(), torch.zeros_like(start)
+    for t, rate in enumerate(rates, start=1):
+        g = gradient(y)
+        v = decay * v + (1.0 - decay) * g * g
+        d = g / ((v / (1.0 - decay**t)).sqrt() + eps)
+        z = z - kappa * rate * d
+        x = x + (z - x) / t
+        y = (1.0 - beta) * z + beta * x
+    return x, y, z

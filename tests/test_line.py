@@ -1,0 +1,118 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from problems import identical
+from torch import nn
+
+from quadstep.line import Block, Line, Surroundings
+
+
+def block(*values, unit=1.0, dtype=torch.float32) -> Block:
+    params = [nn.Parameter(torch.tensor(value, dtype=dtype)) for value in values]
+    return Block(params, params, [torch.rand_like(p) for p in params], unit)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_probes_return_bit_for_bit(dtype):
+    blocks = [block([0.1, 1e6, 1e-9], [[3.0]], dtype=dtype), block([7.0], dtype=dtype)]
+    before = [param.clone() for part in blocks for param in part.params]
+    Line(blocks).losses(lambda: torch.zeros(()), [1.0, 1e-3, -1e9])
+    assert identical(before, [param for part in blocks for param in part.params])
+
+
+def test_each_move_starts_from_rate_zero():
+    part = block([0.0, 2.0], dtype=torch.float64)
+    theta = part.params[0].clone()
+    seen = []
+    line = Line([part])
+    line.losses(lambda: seen.append(part.params[0].clone()) or torch.zeros(()), [0.5, 0.0, -0.5])
+    line.move(0.25)
+    expected = [theta - rate * part.direction[0] for rate in (0.5, 0.0, -0.5)]
+    assert identical(expected, seen)
+    assert torch.equal(part.params[0], theta - 0.25 * part.direction[0])
+
+
+def test_blocks_move_by_their_units():
+    one, other = block([1.0], dtype=torch.float64), block([1.0], unit=0.1, dtype=torch.float64)
+    Line([one, other]).move(0.1)
+    moved = 1.0 - torch.cat([one.params[0], other.params[0]])
+    torch.testing.assert_close(moved, torch.cat([0.1 * one.direction[0], other.direction[0]]))
+
+
+def test_a_start_elsewhere_is_returned_to():
+    part = block([1.0])
+    start = [[part.params[0].clone()]]
+    part.params[0].add_(5.0)
+    line = Line([part], start)
+    line.losses(lambda: part.params[0].sum(), [0.1])
+    assert torch.equal(part.params[0], start[0][0])
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_in_a_probe_leaves_nothing_displaced(error):
+    part = block([0.1, 0.2])
+    before = part.params[0].clone()
+
+    def fail():
+        raise error
+
+    with pytest.raises(error):
+        Line([part]).losses(fail, [0.5])
+    assert torch.equal(part.params[0], before)
+
+
+def test_a_moment_brings_back_all_random_generators():
+    surroundings = Surroundings()
+    moment = surroundings.capture({torch.device("cpu")})
+
+    def draw():
+        return torch.rand(()).item(), random.random(), np.random.random()  # noqa: NPY002
+
+    drawn = draw()
+    moment.restore()
+    assert draw() == drawn
+
+
+def test_only_generators_that_advanced_are_kept():
+    surroundings = Surroundings()
+    before = surroundings.capture({torch.device("cpu")})
+    torch.rand(())
+    then, now = surroundings.capture({torch.device("cpu")}).advanced(before)
+    assert len(then.generators) == len(now.generators) == 1
+
+
+def test_buffers_are_found_in_whatever_runs_first_and_restored_in_place():
+    class Replacing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return x
+
+    model = nn.Sequential(nn.BatchNorm1d(2), Replacing())
+    surroundings = Surroundings()
+    first = surroundings.capture(None)
+    with surroundings.discovering(first):
+        model(torch.randn(4, 2))
+    assert model[0].num_batches_tracked == 1
+    first.restore()
+    assert model[0].num_batches_tracked == 0
+    assert torch.equal(model[0].running_mean, torch.zeros(2))
+
+    buffer = model[1].calls
+    moment = surroundings.capture(None)
+    model(torch.randn(4, 2))
+    moment.restore()
+    assert model[1].calls is buffer
+    assert model[1].calls == 0

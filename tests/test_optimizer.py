@@ -1,0 +1,797 @@
+import copy
+import io
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import Quadratic, classification, identical, noisy_classification, values
+from reference import algorithm_1
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from quadstep import LQA, Reason
+
+CONFIGURATIONS = {
+    "lqa-paper": LQA.paper,
+    "lqa": lambda params: LQA(params, direction="sgd", averaging=None),
+    "lqa-auto": LQA,
+    "lqa(adamw)": lambda params: LQA(torch.optim.AdamW(params, lr=1e-2)),
+}
+
+BASES = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.05),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+    "nesterov": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True),
+    "decayed": lambda params: torch.optim.SGD(params, lr=0.05, weight_decay=0.1),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.05),
+    "rmsprop": lambda params: torch.optim.RMSprop(params, lr=0.01),
+    "adam": lambda params: torch.optim.Adam(params, lr=0.01),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1),
+}
+
+
+@pytest.fixture(params=CONFIGURATIONS)
+def configuration(request):
+    return CONFIGURATIONS[request.param]
+
+
+def unwatched(reason=Reason.MINIMUM):
+    """A search that leaves the rate alone: the wrapped optimizer must then be itself."""
+
+    class Fixed:
+        parabola = None
+
+        def radius(self, rate):
+            return rate
+
+        def decide(self, rate, points):
+            from quadstep.parabola import Decision
+
+            return self, Decision(rate, rate, reason)
+
+    return Fixed()
+
+
+class TestTheRate:
+    @settings(max_examples=50, deadline=None)
+    @given(st.integers(0, 10**6), st.floats(-2, 2))
+    def test_paper_is_the_exact_line_minimiser_for_any_delta0(self, seed, exponent):
+        problem = Quadratic.random(seed=seed)
+        theta = problem.theta.detach().clone()
+        direction = problem.hessian @ (theta - problem.optimum)
+        exact = problem.line_minimiser(theta, direction)
+        opt = LQA.paper([problem.theta], delta0=exact * 10.0**exponent)
+        opt.step(problem)
+        assert opt.report.rate == pytest.approx(exact, rel=1e-9)
+        assert opt.report.slope == pytest.approx(float(direction @ direction), rel=1e-9)
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.integers(0, 10**6), st.floats(0.6, 1.9), st.sampled_from(["sgd", "momentum", "adam"]))
+    def test_along_any_direction(self, seed, factor, name):
+        """Within its clamp the first measured rate minimises the loss along the base's step."""
+        problem = Quadratic.random(seed=seed)
+        theta = problem.theta.detach().clone()
+        clone = nn.Parameter(theta.clone())
+        reference = BASES[name]([clone])
+        problem.at(clone).backward()
+        reference.step()
+        exact = problem.line_minimiser(theta, theta - clone.detach()) * reference.defaults["lr"]
+        base = BASES[name]([problem.theta])
+        base.param_groups[0]["lr"] = exact / factor
+        opt = LQA(base)
+        opt.step(problem)
+        assert opt.report.rate == pytest.approx(exact, rel=1e-9)
+        assert opt.report.reason is Reason.MINIMUM
+        assert base.param_groups[0]["lr"] == opt.report.rate
+
+    def test_paper_on_a_quadratic_is_steepest_descent_with_exact_line_search(self):
+        problem = Quadratic.random(floor=0.0)
+        theta = problem.theta.detach().clone()
+        opt = LQA.paper([problem.theta], delta0=0.1)
+        for _ in range(40):
+            gradient = problem.hessian @ (theta - problem.optimum)
+            rate = problem.line_minimiser(theta, gradient)
+            theta = theta - rate * gradient
+            opt.step(problem)
+            assert opt.report.rate == pytest.approx(rate, rel=1e-8)
+            torch.testing.assert_close(problem.theta.data, theta, rtol=1e-8, atol=1e-8)
+
+    def test_paper_equals_algorithm_1_written_plainly(self):
+        task = classification(dtype=torch.float64)
+        names = [name for name, _ in task.model.named_parameters()]
+
+        def loss(theta, step):
+            batch = torch.arange(step * 32, (step + 1) * 32) % 256
+            parameters = dict(zip(names, theta, strict=True))
+            logits = functional_call(task.model, parameters, (task.inputs[batch],))
+            return functional.cross_entropy(logits, task.labels[batch])
+
+        start = [p.detach().clone() for p in task.model.parameters()]
+        expected, rates = algorithm_1(loss, start, 0.1, 50)
+        opt = LQA.paper(task.model.parameters(), delta0=0.1)
+        measured = []
+        for step in range(50):
+            opt.step(task.closure(step))
+            measured.append(opt.report.rate)
+        assert measured == pytest.approx(rates, rel=1e-12)
+        torch.testing.assert_close(list(task.model.parameters()), expected, rtol=1e-12, atol=0)
+
+    @pytest.mark.parametrize("start", [1e-12, 1e-3, 1e3, 1e6, 1e12])
+    @pytest.mark.parametrize("name", ["lqa", "lqa-auto"])
+    def test_recovers_from_any_rate_within_100_steps(self, name, start):
+        task = classification()
+        opt = CONFIGURATIONS[name](task.model.parameters())
+        opt.param_groups[0]["lr"] = start
+        first = task.closure(0, 256)().item()
+        for step in range(100):
+            opt.step(task.closure(step))
+        opt.eval()
+        last = task.closure(0, 256)().item()
+        assert last < 0.8 * first
+        assert 1e-4 < opt.rate < 10.0
+
+    def test_a_plateau_does_not_throw_the_weights_away(self):
+        """Small weights in a deep network: hardly any slope, a vertex far beyond the probes."""
+        torch.manual_seed(0)
+        task = classification(
+            nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+        )
+        with torch.no_grad():
+            for param in task.model.parameters():
+                param.mul_(0.05)
+        opt = LQA(task.model.parameters(), direction="sgd")
+        for step in range(400):
+            opt.step(task.closure(step))
+        assert task.closure(0, 256)().item() < 0.6
+
+    def test_several_groups_keep_the_ratios_of_their_rates(self):
+        task = classification()
+        first, last = task.model[0], task.model[2]
+        opt = LQA(
+            [{"params": first.parameters()}, {"params": last.parameters(), "lr": 1e-5}], delta0=1e-4
+        )
+        for step in range(30):
+            opt.step(task.closure(step))
+        rates = [group["lr"] for group in opt.param_groups]
+        assert rates[0] == opt.report.rate != 1e-4
+        assert rates[1] == pytest.approx(0.1 * rates[0])
+
+    def test_reports_what_was_measured(self):
+        task = classification()
+        opt = LQA(task.model.parameters(), every=4)
+        assert math.isnan(opt.report.loss)
+        for step in range(40):
+            loss = opt.step(task.closure(step))
+        report = opt.report
+        assert report.loss == loss.item()
+        assert report.rate == opt.param_groups[0]["lr"]
+        assert sum(report.counts.values()) == 40
+        assert report.counts[Reason.HELD] > 20
+        while opt.report.reason is Reason.HELD:
+            assert (opt.report.forwards, opt.report.backwards) == (1, 1)
+            opt.step(task.closure())
+        assert (opt.report.forwards, opt.report.backwards) == (3, 1)
+        with pytest.raises(AttributeError):
+            report.rate = 1.0
+
+
+class TestWrapping:
+    @pytest.mark.parametrize("name", BASES)
+    def test_with_the_rate_forced_the_base_is_itself(self, name):
+        """Dropout, batch normalisation, state and all: probing changes nothing."""
+        plain, wrapped = noisy_classification(torch.float64), noisy_classification(torch.float64)
+        base = BASES[name](plain.model.parameters())
+        opt = LQA(BASES[name](wrapped.model.parameters()))
+        opt._search = unwatched()
+        for step in range(20):
+            torch.manual_seed(step)
+            base.zero_grad()
+            plain.closure(step)().backward()
+            base.step()
+            drawn = torch.rand(())
+            torch.manual_seed(step)
+            opt.step(wrapped.closure(step))
+            assert torch.equal(torch.rand(()), drawn)
+        torch.testing.assert_close(values(wrapped.model), values(plain.model), rtol=0, atol=1e-12)
+        for own, other in zip(base.state.values(), opt.state.values(), strict=True):
+            for key, value in own.items():
+                torch.testing.assert_close(other[key], value, rtol=0, atol=1e-12)
+
+    @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch without Muon")
+    def test_muon(self):
+        plain, wrapped = (nn.Linear(6, 4, bias=False).double() for _ in range(2))
+        wrapped.load_state_dict(plain.state_dict())
+        inputs = torch.randn(32, 6, dtype=torch.float64)
+        base = torch.optim.Muon(plain.parameters(), lr=0.01)
+        opt = LQA(torch.optim.Muon(wrapped.parameters(), lr=0.01))
+        opt._search = unwatched()
+        for _ in range(10):
+            base.zero_grad()
+            plain(inputs).square().mean().backward()
+            base.step()
+            opt.step(lambda: wrapped(inputs).square().mean())
+        torch.testing.assert_close(wrapped.weight, plain.weight, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("every", [1, 5])
+    def test_the_state_of_the_base_advances_once_a_step(self, every):
+        task = classification()
+        base = torch.optim.Adam(task.model.parameters())
+        opt = LQA(base, every=every)
+        for step in range(12):
+            opt.step(task.closure(step))
+        assert {int(state["step"]) for state in base.state.values()} == {12}
+        assert opt.state is base.state
+        assert opt.param_groups is base.param_groups
+
+    def test_a_scheduler_may_scale_the_rate(self):
+        task = classification()
+        opt = LQA(torch.optim.SGD(task.model.parameters(), lr=0.1))
+        scheduler = torch.optim.lr_scheduler.ConstantLR(opt, factor=0.5, total_iters=3)
+        for step in range(6):
+            opt.step(task.closure(step))
+            scheduler.step()
+        assert opt.rate > 0.0
+
+    def test_averages_along_another_optimizer(self):
+        task = classification()
+        opt = LQA(torch.optim.SGD(task.model.parameters(), lr=0.01), averaging="schedule-free")
+        for step in range(100):
+            opt.step(task.closure(step))
+        opt.eval()
+        assert task.closure(0, 256)().item() < 0.7
+
+
+class TestNoTrace:
+    def test_the_three_evaluations_see_one_dropout_mask(self, configuration):
+        masks = []
+
+        class Recording(nn.Dropout):
+            def forward(self, input):
+                output = super().forward(input)
+                masks.append((output == 0.0).clone())
+                return output
+
+        task = classification(nn.Linear(8, 16), nn.Softplus(), Recording(), nn.Linear(16, 3))
+        opt = configuration(task.model.parameters())
+        for step in range(3):
+            masks.clear()
+            opt.step(task.closure(step))
+            assert len(masks) == 3
+            assert torch.equal(masks[0], masks[1])
+            assert torch.equal(masks[0], masks[2])
+        previous = masks[0]
+        opt.step(task.closure())
+        assert not torch.equal(masks[-1], previous)
+
+    def test_buffers_and_random_numbers_are_those_of_a_plain_step(self, configuration):
+        probed, plain = noisy_classification(), noisy_classification()
+        opt = configuration(probed.model.parameters())
+        for step in range(5):
+            plain.model.load_state_dict(probed.model.state_dict())
+            torch.manual_seed(step)
+            plain.closure(step)().backward()
+            drawn = torch.rand(())
+            torch.manual_seed(step)
+            opt.step(probed.closure(step))
+            assert torch.equal(torch.rand(()), drawn)
+            assert identical(list(plain.model.buffers()), list(probed.model.buffers()))
+        assert probed.model[1].num_batches_tracked == 5
+
+    def test_gradients_stay_those_of_the_gradient_pass(self):
+        probed, plain = classification(), classification()
+        opt = LQA(probed.model.parameters())
+        plain.closure()().backward()
+        opt.step(probed.closure())
+        assert identical(
+            [p.grad for p in plain.model.parameters()], [p.grad for p in probed.model.parameters()]
+        )
+
+    @pytest.mark.parametrize("failing", [1, 2, 3])
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_an_exception_undoes_the_step(self, configuration, failing, error):
+        task = noisy_classification()
+        opt = configuration(task.model.parameters())
+        # Brings every configuration to a step that measures, with state of its own.
+        while not opt._counts or opt._wait:
+            opt.step(task.closure())
+        before, random = values(task.model), torch.get_rng_state()
+        calls = 0
+
+        def closure():
+            nonlocal calls
+            calls += 1
+            loss = task.closure()()
+            if calls == failing:
+                raise error("injected")
+            return loss
+
+        with pytest.raises(error, match="injected"):
+            opt.step(closure)
+        assert identical(before, values(task.model))
+        assert torch.equal(random, torch.get_rng_state())
+        opt.step(task.closure())
+        assert not identical(before, values(task.model))
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    @pytest.mark.parametrize("failing", [1, 2, 3])
+    def test_a_non_finite_loss_undoes_the_step(self, configuration, failing, bad):
+        task = noisy_classification()
+        opt = configuration(task.model.parameters())
+        while not opt._counts or opt._wait:
+            opt.step(task.closure())
+        before, random = values(task.model), torch.get_rng_state()
+        calls = 0
+
+        def closure():
+            nonlocal calls
+            calls += 1
+            loss = task.closure()()
+            return loss * bad if calls == failing else loss
+
+        opt.step(closure)
+        assert opt.report.reason is Reason.NON_FINITE
+        assert identical(before, values(task.model))
+        # A loss that fails by itself must not be drawn again for ever.
+        assert torch.equal(random, torch.get_rng_state()) == (failing > 1)
+        for _ in range(5):
+            opt.step(task.closure())
+        assert math.isfinite(task.closure(0, 256)().item())
+
+    def test_non_finite_gradients_are_not_stepped_with(self, configuration):
+        task = classification()
+        opt = configuration(task.model.parameters())
+        opt.step(task.closure())
+        before = values(task.model)
+        hook = task.model[0].weight.register_hook(lambda grad: grad * math.nan)
+        opt.step(task.closure())
+        hook.remove()
+        assert opt.report.reason is Reason.NON_FINITE
+        assert identical(before, values(task.model))
+        for _ in range(30):
+            loss = opt.step(task.closure())
+        assert loss.item() < task.closure(0, 256)().item() * 2.0
+
+    def test_held_steps_survive_a_non_finite_loss(self):
+        task = noisy_classification()
+        opt = LQA(task.model.parameters())
+        while not opt._wait:
+            opt.step(task.closure())
+        before = values(task.model)
+        opt.step(lambda: task.model(task.inputs * math.nan).mean())
+        assert opt.report.reason is Reason.NON_FINITE
+        assert identical(before, values(task.model))
+
+
+class TestClosures:
+    def test_two_phases_equal_one(self, configuration):
+        one, two = classification(dtype=torch.float64), classification(dtype=torch.float64)
+        single, double = (configuration(task.model.parameters()) for task in (one, two))
+        for step in range(15):
+            single.step(one.closure(step))
+            double.zero_grad()
+            loss = two.closure(step)()
+            loss.backward()
+            double.step(two.closure(step), loss=loss)
+        assert identical(values(one.model), values(two.model))
+        assert double.report.backwards == 0
+
+    def test_two_phases_probe_under_one_dropout_mask(self):
+        task = noisy_classification()
+        opt = LQA(task.model.parameters(), direction="sgd")
+        opt.step(task.closure())
+        loss = task.closure()()
+        opt.zero_grad()
+        loss.backward()
+        buffers, random = [b.clone() for b in task.model.buffers()], torch.get_rng_state()
+        opt.step(task.closure(), loss=loss)
+        assert opt.report.forwards == 3
+        assert identical(buffers, list(task.model.buffers()))
+        assert torch.equal(random, torch.get_rng_state())
+
+    @pytest.mark.parametrize("set_to_none", [True, False])
+    def test_a_closure_that_runs_backward_is_warned_of_once_and_works(
+        self, configuration, set_to_none
+    ):
+        quiet, loud = classification(dtype=torch.float64), classification(dtype=torch.float64)
+        expected, opt = (configuration(t.model.parameters()) for t in (quiet, loud))
+
+        def closure(step):
+            def run():
+                opt.zero_grad(set_to_none=set_to_none)
+                loss = loud.closure(step)()
+                loss.backward()
+                return loss
+
+            return run
+
+        for step in range(12):
+            expected.step(quiet.closure(step))
+            if step == 0:
+                with pytest.warns(UserWarning, match=r"closure calls backward\(\) itself"):
+                    opt.step(closure(step))
+            else:
+                opt.step(closure(step))
+        assert identical(values(quiet.model), values(loud.model))
+        assert opt.report.backwards == opt.report.forwards
+
+    def test_parameters_without_gradient_stay(self, configuration):
+        task = classification()
+        unused = nn.Parameter(torch.ones(3))
+        frozen = task.model[0].bias.requires_grad_(False)
+        before = frozen.clone()
+        opt = configuration([*task.model.parameters(), unused])
+        for step in range(12):
+            opt.step(task.closure(step))
+        opt.eval()
+        opt.train()
+        assert torch.equal(unused, torch.ones(3))
+        assert torch.equal(frozen, before)
+
+    def test_complex_parameters(self, configuration):
+        torch.manual_seed(0)
+        target = torch.randn(5, dtype=torch.complex128)
+        theta = nn.Parameter(torch.randn(5, dtype=torch.complex128))
+        opt = configuration([theta])
+        start = (theta - target).abs().square().sum().item()
+        for _ in range(300):
+            opt.step(lambda: (theta - target).abs().square().sum() + 1.0)
+        opt.eval()
+        assert (theta - target).abs().square().sum().item() < 1e-2 * start
+
+    def test_empty_groups(self, configuration):
+        task = classification()
+        opt = configuration([{"params": []}, {"params": task.model.parameters()}])
+        for step in range(3):
+            opt.step(task.closure(step))
+        assert opt.report.loss > 0.0
+
+    def test_sparse_gradients_through_an_optimizer_that_takes_them(self):
+        torch.manual_seed(0)
+        table = nn.Embedding(10, 3, sparse=True)
+        opt = LQA(torch.optim.SparseAdam(table.parameters(), lr=0.01))
+        index = torch.tensor([1, 3, 3])
+        untouched = table.weight[5].clone()
+        for _ in range(200):
+            opt.step(lambda: table(index).square().sum())
+        assert table(index).square().sum() < 1e-2
+        assert torch.equal(table.weight[5], untouched)
+
+    def test_the_loss_may_have_one_element_in_any_shape(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        assert opt.step(lambda: task.closure()().reshape(1)).shape == (1,)
+
+    def test_compiled_models(self):
+        task = classification()
+        eager = copy.deepcopy(task)
+        compiled = torch.compile(task.model, backend="aot_eager")
+        opt, reference = LQA(task.model.parameters()), LQA(eager.model.parameters())
+        inputs, labels = task.inputs, task.labels
+        for _ in range(6):
+            opt.step(lambda: functional.cross_entropy(compiled(inputs), labels))
+            reference.step(lambda: functional.cross_entropy(eager.model(inputs), labels))
+        torch.testing.assert_close(values(task.model), values(eager.model))
+
+    def test_probes_see_their_own_weights_under_autocast(self):
+        """Autocast caches the cast weights: a probe must not be given the cached ones."""
+        task = classification()
+        opt = LQA(task.model.parameters(), direction="sgd", delta0=0.5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            opt.step(task.closure())
+        assert opt.report.slope > 0.0
+
+
+SPARSE = nn.Embedding(4, 2, sparse=True)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("make", "error", "message"),
+        [
+            (
+                lambda p: LQA(p, direction="adam"),
+                ValueError,
+                'direction must be "rms" or "sgd", got \'adam\'; to follow another optimizer\'s '
+                "steps pass the optimizer itself: LQA(torch.optim.AdamW(params))",
+            ),
+            (
+                lambda p: LQA(p, averaging="ema"),
+                ValueError,
+                "averaging must be \"schedule-free\" or None, got 'ema'",
+            ),
+            (
+                lambda p: LQA(p, every=0),
+                ValueError,
+                "every must be a whole number of steps, at least 1, got 0",
+            ),
+            (
+                lambda p: LQA(p, delta0=-1.0),
+                ValueError,
+                "delta0 must be a positive finite number, got -1.0; it is only the first rate, a "
+                "small one such as 1e-4 is safe",
+            ),
+            (
+                lambda p: LQA.paper(p, delta0=math.nan),
+                ValueError,
+                "delta0 must be a positive finite number, got nan; it is only the first rate, a "
+                "small one such as 1e-4 is safe",
+            ),
+            (
+                lambda p: LQA([{"params": p, "lr": -1.0}]),
+                ValueError,
+                "lr must be finite and not negative, got -1.0",
+            ),
+            (
+                lambda p: LQA(LQA(p)),
+                TypeError,
+                "LQA cannot wrap LQA, which searches its own line; pass the parameters, or an "
+                "optimizer that takes plain steps",
+            ),
+            (
+                lambda p: LQA(torch.optim.LBFGS(p)),
+                TypeError,
+                "LQA cannot wrap LBFGS, which searches its own line; pass the parameters, or an "
+                "optimizer that takes plain steps",
+            ),
+            (
+                lambda p: LQA(torch.optim.SGD(p), direction="sgd"),
+                ValueError,
+                "direction is the wrapped optimizer's own step, got direction='sgd'; leave it out, "
+                "or pass parameters instead of an optimizer",
+            ),
+            (
+                lambda p: LQA(torch.optim.SGD(p), delta0=0.1),
+                ValueError,
+                "delta0 is the wrapped optimizer's own lr, got delta0=0.1; set it there: "
+                "SGD(params, lr=0.1)",
+            ),
+            (
+                lambda p: LQA.paper(torch.optim.SGD(p)),
+                TypeError,
+                "LQA.paper follows the gradient and takes parameters, not an optimizer; use "
+                "LQA(optimizer) to measure along another optimizer's steps",
+            ),
+            (lambda p: LQA([]), ValueError, "optimizer got an empty parameter list"),
+        ],
+    )
+    def test_construction(self, make, error, message):
+        with pytest.raises(error) as caught:
+            make(list(classification().model.parameters()))
+        assert str(caught.value) == message
+
+    @pytest.mark.parametrize(
+        ("closure", "error", "message"),
+        [
+            (
+                lambda task: None,
+                TypeError,
+                "step() needs a closure that returns the loss, got NoneType; call it as "
+                "opt.step(lambda: loss_fn(model(x), y))",
+            ),
+            (
+                lambda task: lambda: task.closure()().item(),
+                TypeError,
+                "closure must return the loss as a scalar tensor, got float; use the loss itself, "
+                "not loss.item(), a tuple or None",
+            ),
+            (
+                lambda task: lambda: (task.closure()(), 1),
+                TypeError,
+                "closure must return the loss as a scalar tensor, got tuple; use the loss itself, "
+                "not loss.item(), a tuple or None",
+            ),
+            (
+                lambda task: lambda: task.model(task.inputs),
+                ValueError,
+                "closure must return the loss as a scalar tensor, got shape (256, 3); reduce it, "
+                "for example with .mean()",
+            ),
+            (
+                lambda task: lambda: task.labels.sum(),
+                TypeError,
+                "closure must return the loss as a real floating-point tensor, got torch.int64",
+            ),
+            (
+                lambda task: lambda: task.closure()().detach(),
+                RuntimeError,
+                "the loss that closure returned does not require grad; compute it from the "
+                "optimizer's parameters, without torch.no_grad(), .detach() or .item()",
+            ),
+            (
+                lambda task: lambda: nn.Parameter(torch.ones(())) * 2.0,
+                RuntimeError,
+                "no parameter of the optimizer has a gradient; compute the loss from the "
+                "parameters given to LQA, and in the two-phase use call loss.backward() before "
+                "step()",
+            ),
+            (
+                lambda task: lambda: SPARSE(torch.tensor([1])).sum() + task.closure()(),
+                RuntimeError,
+                "LQA got a sparse gradient, which has no dense direction to measure along; use a "
+                "dense layer (sparse=False) or wrap an optimizer for sparse gradients: "
+                "LQA(torch.optim.SparseAdam(params))",
+            ),
+        ],
+    )
+    def test_step(self, closure, error, message):
+        task = classification()
+        opt = LQA([*task.model.parameters(), *SPARSE.parameters()])
+        before = values(task.model)
+        with pytest.raises(error) as caught:
+            opt.step(closure(task))
+        assert str(caught.value) == message
+        assert identical(before, values(task.model))
+
+    def test_a_step_in_eval_mode(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        opt.eval()
+        with pytest.raises(RuntimeError, match=r"call opt.train\(\) first"):
+            opt.step(task.closure())
+
+    def test_two_phases_with_a_number(self):
+        task = classification()
+        with pytest.raises(TypeError, match="loss must be given as a scalar tensor, got float"):
+            LQA(task.model.parameters()).step(task.closure(), loss=0.5)
+
+    @pytest.mark.parametrize(
+        ("saved", "message"),
+        [
+            (
+                lambda params: torch.optim.SGD(params).state_dict(),
+                "state_dict was not saved by LQA: its first param group has no entry 'lqa'; "
+                "load it into the optimizer that saved it",
+            ),
+            (
+                lambda params: LQA.paper(params).state_dict(),
+                "state_dict was saved with direction = 'Gradient', this optimizer has direction = "
+                "'NormalisedGradient'; construct LQA as it was when it was saved",
+            ),
+        ],
+    )
+    def test_loading_what_another_optimizer_saved(self, saved, message):
+        params = list(classification().model.parameters())
+        opt = LQA(params)
+        with pytest.raises(ValueError, match="state_dict") as caught:
+            opt.load_state_dict(saved(params))
+        assert str(caught.value) == message
+
+    def test_loading_another_version(self):
+        opt = LQA(classification().model.parameters())
+        state = opt.state_dict()
+        state["param_groups"][0]["lqa"]["version"] = 99
+        with pytest.raises(ValueError, match="state_dict has version 99, this quadstep reads 1"):
+            opt.load_state_dict(state)
+
+
+class TestState:
+    @pytest.mark.parametrize("stop", range(1, 25, 4))
+    def test_resumes_bit_for_bit(self, configuration, stop):
+        """Also between measurements and with averaging."""
+        whole, part = noisy_classification(), noisy_classification()
+        opt = configuration(whole.model.parameters())
+        for step in range(30):
+            torch.manual_seed(step)
+            opt.step(whole.closure(step))
+        first = configuration(part.model.parameters())
+        for step in range(stop):
+            torch.manual_seed(step)
+            first.step(part.closure(step))
+        file = io.BytesIO()
+        torch.save((part.model.state_dict(), first.state_dict()), file)
+        file.seek(0)
+        model, state = torch.load(file)
+        resumed = noisy_classification()
+        resumed.model.load_state_dict(model)
+        second = configuration(resumed.model.parameters())
+        second.load_state_dict(state)
+        for step in range(stop, 30):
+            torch.manual_seed(step)
+            second.step(resumed.closure(step))
+        assert identical(values(whole.model), values(resumed.model))
+        assert second.report == opt.report
+
+    def test_eval_shows_the_average_and_train_brings_back(self):
+        task = classification(dtype=torch.float64)
+        opt = LQA(task.model.parameters())
+        for step in range(50):
+            opt.step(task.closure(step))
+        training = values(task.model)
+        opt.eval()
+        opt.eval()
+        averaged = values(task.model)
+        assert not torch.allclose(averaged[0], training[0])
+        opt.train()
+        opt.train()
+        torch.testing.assert_close(values(task.model), training, rtol=1e-12, atol=1e-14)
+
+    def test_a_state_saved_in_eval_mode_resumes_in_it(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        for step in range(20):
+            opt.step(task.closure(step))
+        opt.eval()
+        other = copy.deepcopy(task)
+        loaded = LQA(other.model.parameters())
+        loaded.load_state_dict(copy.deepcopy(opt.state_dict()))
+        for optimizer, owner in ((opt, task), (loaded, other)):
+            optimizer.train()
+            optimizer.step(owner.closure())
+        assert identical(values(task.model), values(other.model))
+
+    @pytest.mark.parametrize(
+        "clone",
+        [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+        ids=["copy", "pickle"],
+    )
+    def test_copies_go_their_own_way(self, configuration, clone):
+        task = classification()
+        opt = configuration(task.model.parameters())
+        for step in range(12):
+            opt.step(task.closure(step))
+        other, copied = clone((task.model, opt))
+        before = values(task.model)
+        for step in range(12, 20):
+            batch = torch.arange(step * 32, (step + 1) * 32) % 256
+            copied.step(
+                lambda batch=batch: functional.cross_entropy(
+                    other(task.inputs[batch]), task.labels[batch]
+                )
+            )
+        assert identical(before, values(task.model))
+        for step in range(12, 20):
+            opt.step(task.closure(step))
+        assert identical(values(other), values(task.model))
+
+    def test_a_group_added_later_joins_at_the_rate_in_force(self, configuration):
+        task = classification()
+        opt = configuration(task.model[0].parameters())
+        for step in range(12):
+            opt.step(task.closure(step))
+        rate = opt.rate
+        opt.add_param_group({"params": list(task.model[2].parameters())})
+        assert opt.param_groups[1]["lr"] == rate
+        for step in range(12, 40):
+            loss = opt.step(task.closure(step))
+        assert math.isfinite(loss.item())
+        assert opt.param_groups[1]["lr"] == pytest.approx(opt.param_groups[0]["lr"])
+
+    def test_hooks_and_zero_grad_are_torchs_own(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        calls = []
+        opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+        opt.register_step_post_hook(lambda *_: calls.append("post"))
+        opt.step(task.closure())
+        assert calls == ["pre", "post"]
+        opt.zero_grad()
+        assert all(param.grad is None for param in task.model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_waits_for_the_device_only_to_measure():
+    task = classification()
+    task.model.cuda()
+    task.inputs, task.labels = task.inputs.cuda(), task.labels.cuda()
+    opt = LQA(task.model.parameters())
+    while not opt._wait:
+        opt.step(task.closure())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step(task.closure())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_nothing_warns_in_ordinary_use():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task = noisy_classification()
+        opt = LQA(task.model.parameters())
+        for step in range(12):
+            opt.step(task.closure(step))

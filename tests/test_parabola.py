@@ -1,0 +1,200 @@
+import math
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from quadstep.parabola import Decision, Exact, Parabola, Points, Reason, Safeguarded
+
+anything = st.floats(allow_nan=True, allow_infinity=True)
+rates = st.floats(1e-30, 1e30)
+coefficients = st.floats(0.01, 100.0)
+
+
+def sample(parabola: Parabola, radius: float, floor: float = 1.0, resolution=2.0**-52) -> Points:
+    """The losses of an exact parabola that is `floor` at rate zero."""
+
+    def at(rate: float) -> float:
+        return floor - parabola.slope * rate + parabola.curvature * rate**2
+
+    return Points(radius, at(radius), at(0.0), at(-radius), resolution)
+
+
+def fresh() -> Safeguarded:
+    return Safeguarded(smoothing=0.9, growth=2.0)
+
+
+@given(st.floats(-100, 100), st.floats(-100, 100), st.floats(0.01, 10))
+def test_fit_recovers_the_coefficients_of_equations_6_and_7(slope, curvature, radius):
+    fit = Parabola.fit(sample(Parabola(slope, curvature), radius))
+    scale = 1.0 + abs(slope) * radius + abs(curvature) * radius**2
+    assert math.isclose(fit.slope, slope, abs_tol=1e-14 * scale / radius)
+    assert math.isclose(fit.curvature, curvature, abs_tol=1e-14 * scale / radius**2)
+
+
+@given(coefficients, coefficients, st.floats(0.01, 100))
+def test_the_minimiser_is_the_vertex_whatever_the_radius(slope, curvature, radius):
+    vertex = slope / (2.0 * curvature)
+    fit = Parabola.fit(sample(Parabola(slope, curvature), radius * vertex, slope * vertex))
+    assert math.isclose(fit.minimiser, vertex, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("parabola", "minimiser"),
+    [
+        (Parabola(1.0, 0.0), math.inf),
+        (Parabola(-1.0, 0.0), -math.inf),
+        (Parabola(1.0, -0.0), -math.inf),
+        (Parabola(0.0, 0.0), math.nan),
+        (Parabola(math.nan, 0.0), math.nan),
+        (Parabola(0.0, 1.0), 0.0),
+        (Parabola(-1.0, 1.0), -0.5),
+    ],
+)
+def test_the_minimiser_divides_as_floating_point_does(parabola, minimiser):
+    assert parabola.minimiser == minimiser or math.isnan(parabola.minimiser) == math.isnan(
+        minimiser
+    )
+
+
+class TestExact:
+    @given(rates, anything, anything, anything)
+    def test_takes_the_vertex_or_stays_visibly(self, rate, minus, centre, plus):
+        points = Points(rate, minus, centre, plus)
+        search, decision = Exact().decide(rate, points)
+        minimiser = Parabola.fit(points).minimiser
+        if points.finite and math.isfinite(minimiser):
+            assert decision.rate == decision.step == minimiser
+            assert decision.reason is not Reason.NON_FINITE
+        else:
+            assert decision == Decision(rate, 0.0, Reason.NON_FINITE)
+            assert search == Exact()
+
+    @pytest.mark.parametrize(
+        ("parabola", "reason"),
+        [
+            (Parabola(1.0, 1.0), Reason.MINIMUM),
+            (Parabola(-1.0, 1.0), Reason.ASCENT),
+            (Parabola(1.0, -1.0), Reason.CONCAVE),
+            (Parabola(1.0, 0.0), Reason.NON_FINITE),
+        ],
+    )
+    def test_names_what_it_does_not_repair(self, parabola, reason):
+        assert Exact().decide(0.5, sample(parabola, 0.5))[1].reason is reason
+
+    def test_does_not_divide_by_a_zero_radius(self):
+        _, decision = Exact().decide(0.0, Points(0.0, 1.0, 1.0, 1.0))
+        assert decision == Decision(0.0, 0.0, Reason.NON_FINITE)
+
+
+class TestSafeguarded:
+    @given(rates, st.lists(st.tuples(anything, anything, anything), max_size=20))
+    @example(1.0, [(1e308, -1e308, 1e308)])
+    @example(1e-30, [(0.0, 0.0, 0.0)])
+    def test_the_rate_is_finite_positive_and_inside_its_clamp(self, rate, losses):
+        search = fresh()
+        for minus, centre, plus in losses:
+            radius = search.radius(rate)
+            search, decision = search.decide(rate, Points(radius, minus, centre, plus))
+            assert 0.0 < decision.rate < math.inf
+            assert decision.step in (0.0, decision.rate)
+            upper = radius if decision.reason is Reason.NOISE else 2.0 * rate
+            lower = 0.1 * rate * (1.0 - 1e-15)
+            assert max(lower, 1e-30) <= decision.rate <= min(max(upper, rate), 1e30)
+            rate = decision.rate
+
+    @settings(max_examples=300)
+    @given(
+        rates,
+        st.lists(st.tuples(*[st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf])] * 3)),
+        st.floats(1e-4, 1e2),
+        st.floats(0.01, 1.0),
+        st.floats(0.01, 100.0),
+        st.sampled_from([2.0**-52, 2.0**-23]),
+        st.sampled_from([0.0, 0.9, 0.99]),
+    )
+    def test_recovers_within_100_measurements(
+        self, rate, faults, vertex, gain, loss, resolution, smoothing
+    ):
+        """From any rate and after any faults: no state latches."""
+        search = Safeguarded(smoothing, growth=2.0)
+        for losses in faults:
+            search, decision = search.decide(rate, Points(search.radius(rate), *losses, resolution))
+            rate = decision.rate
+        curvature = gain * loss / vertex**2
+        line = Parabola(2.0 * curvature * vertex, curvature)
+        for _ in range(100):
+            points = sample(line, search.radius(rate), loss, resolution)
+            search, decision = search.decide(rate, points)
+            rate = decision.rate
+        # Faults that look like a sane line of the same scale fade in the average, slowly.
+        assert 0.09 * vertex <= rate <= 11.0 * vertex
+
+    @pytest.mark.parametrize("start", [1e-30, 1e-12, 1e-3, 1.0, 1e3, 1e12, 1e30])
+    def test_finds_the_vertex_from_any_start(self, start):
+        search, rate, line = fresh(), start, Parabola(1.0, 2.0)
+        for _ in range(100):
+            search, decision = search.decide(rate, sample(line, search.radius(rate)))
+            rate = decision.rate
+        # The first measurements, at the edge of rounding, fade in the average.
+        assert rate == pytest.approx(line.minimiser, rel=1e-4)
+        assert decision.reason is Reason.MINIMUM
+
+    @pytest.mark.parametrize(
+        ("rate", "line", "expected"),
+        [
+            (1.0, Parabola(2.0, 1.0), Decision(1.0, 1.0, Reason.MINIMUM)),
+            (1.0, Parabola(2.8, 1.0), Decision(1.4, 1.4, Reason.MINIMUM)),
+            (1.0, Parabola(8.0, 1.0), Decision(2.0, 2.0, Reason.GROWN)),
+            (1.0, Parabola(1.0, -1.0), Decision(2.0, 2.0, Reason.CONCAVE)),
+            (1.0, Parabola(-0.1, 0.5), Decision(0.5, 0.0, Reason.ASCENT)),
+            (1.0, Parabola(0.02, 0.5), Decision(0.1, 0.0, Reason.SHRUNK)),
+            (1.0, Parabola(0.8, 1.0), Decision(0.4, 0.0, Reason.MINIMUM)),
+            (1.0, Parabola(1.0, 100.0), Decision(0.1, 0.0, Reason.SHRUNK)),
+            (1.0, Parabola(30.0, 100.0), Decision(0.15, 0.0, Reason.SHRUNK)),
+            (1.0, Parabola(1.0, math.nan), Decision(0.1, 0.0, Reason.NON_FINITE)),
+            (1.0, Parabola(0.0, 0.0), Decision(1.0, 1.0, Reason.NOISE)),
+        ],
+        ids=[
+            "at the vertex", "within the clamp", "vertex beyond the growth limit", "no minimum",
+            "uphill", "vertex below the shrink limit", "cut by more than half: not stepped with",
+            "loss blown up", "loss blown up, vertex as a hint", "not finite", "flat",
+        ],
+    )  # fmt: skip
+    def test_each_safeguard(self, rate, line, expected):
+        _, decision = fresh().decide(rate, sample(line, rate))
+        assert decision.rate == pytest.approx(expected.rate)
+        assert decision.step == pytest.approx(expected.step)
+        assert decision.reason is expected.reason
+
+    def test_the_probes_stay_out_where_a_tiny_rate_drowns_in_rounding(self):
+        """In float32 a rate of 1e-8 changes this loss by less than an ulp."""
+        search, line, resolution = fresh(), Parabola(2e-8, 1.0), 2.0**-23
+        rate, reasons = 1e-8, []
+        for _ in range(20):
+            points = sample(line, search.radius(rate), 1.0, resolution)
+            search, decision = search.decide(rate, points)
+            reasons.append(decision.reason)
+            rate = decision.rate
+        assert Reason.NOISE in reasons
+        assert search.radius(rate) > 1e-3
+        assert search.radius(rate) > 100.0 * rate
+
+    def test_probes_that_went_too_far_do_not_condemn_the_rate(self):
+        far = Safeguarded(smoothing=0.9, growth=2.0, reach=1e3)
+        search, decision = far.decide(0.1, Points(1e3, math.inf, 1.0, math.inf))
+        assert decision.rate == 0.1
+        assert search.radius(decision.rate) == 0.1
+
+    def test_smoothing_averages_slope_and_curvature_one_by_one(self):
+        search = Safeguarded(smoothing=0.5, growth=2.0)
+        search, _ = search.decide(1.0, sample(Parabola(2.0, 1.0), 1.0))
+        search, decision = search.decide(1.0, sample(Parabola(4.0, 3.0), 1.0))
+        assert search.parabola.slope == pytest.approx(3.0)
+        assert search.parabola.curvature == pytest.approx(2.0)
+        assert decision.rate == pytest.approx(0.75)
+
+    def test_a_contradicted_average_is_forgotten(self):
+        search, _ = fresh().decide(1.0, sample(Parabola(2.0, 1.0), 1.0))
+        search, _ = search.decide(0.01, sample(Parabola(2.0, 100.0), 0.01))
+        assert search.parabola.minimiser == pytest.approx(0.01)
