@@ -252,11 +252,10 @@ class Safeguarded:
         """Averages a fit into the running parabola, or starts afresh where the two contradict."""
         if fit.descends:
             past, present = self.parabola.minimiser, fit.minimiser
-            agree = self.parabola.descends and (
-                present <= self.CONTRADICTION * past and past <= self.CONTRADICTION * present
-            )
-            if not agree:
+            if not self.parabola.descends or present * self.CONTRADICTION < past:
                 return fit
+            if past * self.CONTRADICTION < present:
+                return self.parabola.blend(fit, 0.5)
         return self.parabola.blend(fit, 1.0 - self.smoothing)
 
     def _level(self, loss: float) -> float:

@@ -1,0 +1,163 @@
+"""The command line: the demonstration, the paper's experiments, and what is drawn from them."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+# Commands import the rest themselves: not all need torch, which takes long.
+from quadstep.lab.records import Record, RecordError, read_all
+from quadstep.lab.settings import CONFIGURATIONS
+
+_INSTALL = 'is not installed: run pip install "quadstep[lab]"'
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"{missing.name} {_INSTALL}") from missing
+
+app = typer.Typer(
+    help="Trains with no learning rate to choose, and measures it against the paper.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+Figure = Literal["1", "2", "3", "4", "5", "all"]
+RecordsOption = Annotated[Path, typer.Option("--records", help="The folder of records to read.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line, by default on the arguments of the process."""
+    try:
+        sys.exit(app(arguments, prog_name="quadstep", standalone_mode=False))
+    except typer.TyperException as error:
+        _fail(error.format_message(), error.exit_code)
+    except RecordError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(str(error), 1)
+    except ModuleNotFoundError as missing:
+        _fail(f"{missing.name} {_INSTALL}", 1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder for records and picture.")] = Path(
+        "quadstep-demo"
+    ),
+) -> None:
+    """Trains on handwritten digits, LQA beside the paper's competitors, in under a minute."""
+    from quadstep.lab import demo
+
+    picture = demo.run(out, Console())
+    print(f"The curves are drawn in {picture}, the records lie beside it.")
+
+
+@app.command()
+def reproduce(
+    figure: Annotated[Figure, typer.Option(help="The paper's figure.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The folder of mnist/ and cifar10/; QUADSTEP_DATA or the hub without."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="The paper's by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs of each setting.")] = 1,
+    subset: Annotated[
+        int | None, typer.Option(min=1, help="How many training images to keep; all by default.")
+    ] = None,
+    optimizers: Annotated[
+        str | None, typer.Option(help="Names with commas between; all by default.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="How many runs at a time.")] = 1,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1...")] = "cpu",
+    out: Annotated[Path, typer.Option(help="The folder for results.")] = Path("results"),
+) -> None:
+    """Trains the runs that a figure still lacks; stopped at any point, it goes on from there."""
+    import torch
+
+    from quadstep.lab import grid
+    from quadstep.lab.curves import FIGURES
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{device}: {error}", param_hint="--device") from error
+    names = None if optimizers is None else [name.strip() for name in optimizers.split(",")]
+    try:
+        wanted = [
+            config
+            for number in (FIGURES if figure == "all" else [int(figure)])
+            for config in grid.configs(
+                number,
+                epochs=epochs,
+                seeds=seeds,
+                subset=subset,
+                optimizers=names,
+            )
+        ]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--optimizers") from error
+    try:
+        failures = grid.execute(
+            wanted, workers=workers, data_root=data, out=out / "records", device=device
+        )
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    except KeyboardInterrupt as interrupt:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        raise typer.Exit(130) from interrupt
+    if failures:
+        raise typer.TyperException(f"{failures} runs failed; the same command tries them again")
+
+
+@app.command()
+def figures(
+    records: RecordsOption = Path("results/records"),
+    out: Annotated[Path, typer.Option(help="The folder for pictures.")] = Path("results/figures"),
+) -> None:
+    """Draws the paper's figures, and the rates measured, from the records alone."""
+    from quadstep.lab import figures
+
+    for path in figures.draw(_read(records), out):
+        print(path)
+
+
+@app.command()
+def claims(
+    records: RecordsOption = Path("results/records"),
+    out: Annotated[Path, typer.Option(help="The folder for CLAIMS.md and claims.json.")] = Path(
+        "results"
+    ),
+) -> None:
+    """Decides the paper's claims from the records, and from measurements beside the results."""
+    from quadstep.lab import claims
+
+    evidence = claims.gather_evidence(_read(records), out)
+    verdicts = claims.measure(evidence)
+    table = Table("claim", "the paper says", *CONFIGURATIONS)
+    for claim, results in verdicts:
+        table.add_row(claim.id, claim.text, *(results[name].verdict for name in CONFIGURATIONS))
+    Console().print(table)
+    for path in claims.write(evidence, verdicts, out):
+        print(path)
+
+
+def _read(folder: Path) -> list[Record]:
+    records = read_all(folder)
+    if not records:
+        raise typer.BadParameter(
+            f"there are no records in {folder}: make some with quadstep reproduce, or name the "
+            "folder that has them",
+            param_hint="--records",
+        )
+    return records
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    line = " ".join(message.split())
+    Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""The laboratory: data, models, runs and their records; figures and claims drawn from these."""

@@ -1,0 +1,134 @@
+"""Curves: the records of one task gathered by optimizer, with the seeds side by side."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from quadstep.lab.records import Epoch, Record
+from quadstep.lab.settings import COMPETITORS, FAMILIES, TASKS
+
+_MODELS = {
+    "logistic": "Logistic regression",
+    "mlp": "Multilayer perceptron",
+    "lenet": "LeNet-5",
+    "resnet18": "ResNet-18",
+    "small-mlp": "Small multilayer perceptron",
+}
+_DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10", "digits": "scikit-learn's digits"}
+
+FIGURES = {task.figure: name for name, task in TASKS.items() if task.figure is not None}
+"""The task that each figure of the paper shows."""
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The runs of one optimizer on one task, a seed each."""
+
+    optimizer: str
+    runs: tuple[Record, ...]
+
+    @property
+    def losses(self) -> Array:
+        """Training losses, a row a seed and a column an epoch from 0: inf once a run diverged."""
+
+        def row(run: Record) -> list[float]:
+            losses = [epoch.train_loss for epoch in run.epochs]
+            if run.status != "diverged":
+                return losses
+            # A run that the records end at epoch k was given up there: k and all that would follow.
+            return [*losses[:-1], *[math.inf] * (run.config.epochs + 2 - len(losses))]
+
+        return _table(row(run) for run in self.runs)
+
+    @property
+    def median(self) -> Array:
+        """The median loss at each epoch, over the seeds; nan beyond the shortest run."""
+        return np.median(self.losses, axis=0)
+
+    @property
+    def tail(self) -> float:
+        """The mean of the median loss over the last quarter of the epochs; inf before epoch 1."""
+        losses = self.median[1:]
+        losses = losses[~np.isnan(losses)]
+        return float(losses[-math.ceil(len(losses) / 4) :].mean()) if len(losses) else math.inf
+
+    def rates(self, quantile: str) -> Array:
+        """A quantile of the rate within each epoch from 1 on: the median over the seeds.
+
+        It is nan at epochs in which no seed has one.
+        """
+
+        def rate(epoch: Epoch) -> float:
+            return math.nan if epoch.rate is None else epoch.rate[quantile]
+
+        table = _table([rate(epoch) for epoch in run.epochs[1:]] for run in self.runs)
+        known = [column[np.isfinite(column)] for column in table.T]
+        return np.array([np.median(column) if len(column) else math.nan for column in known])
+
+
+def gather(records: Iterable[Record], task: str) -> dict[str, Curve]:
+    """Gathers the runs of a task into curves, by optimizer.
+
+    Runs on the whole training set and on subsets of it do not compare: of these the most numerous
+    are taken, and the larger training set where two are equally many.
+    """
+    groups: defaultdict[int | None, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.config.task == task and record.epochs:
+            groups[record.config.subset].append(record)
+    if not groups:
+        return {}
+    chosen = max(groups, key=lambda subset: (len(groups[subset]), subset or math.inf))
+    runs: defaultdict[str, list[Record]] = defaultdict(list)
+    for record in groups[chosen]:
+        runs[record.config.optimizer].append(record)
+    return {optimizer: Curve(optimizer, tuple(runs[optimizer])) for optimizer in runs}
+
+
+def best(curves: Iterable[Curve]) -> Curve:
+    """The curve that ends lowest: of a family's, the one at its best rate."""
+    return min(curves, key=lambda curve: curve.tail)
+
+
+def describe(curves: Mapping[str, Curve]) -> str:
+    """Says on how much the curves of a task rest: training set, epochs and seeds."""
+    runs = [run for curve in curves.values() for run in curve.runs]
+    subset = runs[0].config.subset
+    images = "the whole training set" if subset is None else f"{subset:,} of the training images"
+    epochs = max(run.config.epochs for run in runs)
+    seeds = len({run.config.seed for run in runs})
+    return f"{images}, {_count(epochs, 'epoch')}, {_count(seeds, 'seed')}"
+
+
+def title(task: str) -> str:
+    """Writes what a task trains on what: `LeNet-5 on MNIST`."""
+    return f"{_MODELS[TASKS[task].model]} on {_DATA[TASKS[task].data]}"
+
+
+def display(optimizer: str) -> str:
+    """Writes an optimizer's name as the paper does, with its rate: `SGD-M 0.01`."""
+    if optimizer in FAMILIES:
+        return FAMILIES[optimizer]
+    if optimizer in COMPETITORS:
+        competitor = COMPETITORS[optimizer]
+        return f"{FAMILIES[competitor.family]} {competitor.rate}"
+    return optimizer
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _table(rows: Iterable[list[float]]) -> Array:
+    """Stacks rows of unequal lengths, the missing ends filled with nan."""
+    rows = list(rows)
+    table = np.full((len(rows), max(map(len, rows))), math.nan)
+    for index, row in enumerate(rows):
+        table[index, : len(row)] = row
+    return table

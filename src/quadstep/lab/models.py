@@ -1,0 +1,104 @@
+"""The paper's models, in their original sizes."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quadstep.lab.settings import CLASSES, SHAPES, TASKS, check_task
+
+Shape = tuple[int, int, int]
+
+
+def build(task: str) -> nn.Module:
+    """Builds the model of a task with fresh weights from torch's random state."""
+    check_task(task)
+    return MODELS[TASKS[task].model](SHAPES[TASKS[task].data])
+
+
+def logistic(shape: Shape) -> nn.Module:
+    """Builds multinomial logistic regression, started at zero as in the paper."""
+    channels, height, width = shape
+    linear = nn.Linear(channels * height * width, CLASSES)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.Flatten(), linear)
+
+
+def mlp(shape: Shape, *, width: int) -> nn.Module:
+    """Builds a perceptron with two hidden layers."""
+    channels, height, breadth = shape
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(channels * height * breadth, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, CLASSES),
+    )
+
+
+def lenet(shape: Shape) -> nn.Module:
+    """Builds LeNet-5 with rectifiers and max-pooling; it reads 32x32, smaller images are padded."""
+    channels, height, _ = shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 5, padding=(32 - height) // 2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * 5 * 5, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, CLASSES),
+    )
+
+
+def resnet18(shape: Shape) -> nn.Module:
+    """Builds ResNet-18 for small images: a 3x3 stem, and no pooling after it."""
+    channels, _, _ = shape
+    layers: list[nn.Module] = [_convolution(channels, 64, 3, 1), nn.ReLU()]
+    width = 64
+    for stage in range(4):
+        for stride in (1 if stage == 0 else 2, 1):
+            layers.append(_Residual(width, 64 << stage, stride))
+            width = 64 << stage
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)]
+    return nn.Sequential(*layers)
+
+
+class _Residual(nn.Module):
+    """Two convolutions beside a shortcut, which is projected where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _convolution(inputs, outputs, 3, stride),
+            nn.ReLU(),
+            _convolution(outputs, outputs, 3, 1),
+        )
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else _convolution(inputs, outputs, 1, stride)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.relu(self.body(inputs) + self.shortcut(inputs))
+
+
+def _convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+    )
+
+
+MODELS: dict[str, Callable[[Shape], nn.Module]] = {
+    "logistic": logistic,
+    "mlp": partial(mlp, width=1000),
+    "small-mlp": partial(mlp, width=100),
+    "lenet": lenet,
+    "resnet18": resnet18,
+}

@@ -1,0 +1,246 @@
+"""One run: from a configuration to its record, to be stopped and taken up at any point."""
+
+# Torch is not typed throughout.
+# pyright: reportUnknownMemberType=false
+
+import io
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quadstep import LQA
+from quadstep.lab import data as data_sets
+from quadstep.lab import models, optimizers, records
+from quadstep.lab.data import Data, batches
+from quadstep.lab.records import Config, Epoch, Outcome, Record
+from quadstep.lab.settings import TASKS, check_optimizer, check_task
+
+EVALUATION_BATCH = 100
+"""Few enough for the activations of a convolution to stay in the processor's cache."""
+
+DIVERGED_RATIO = 10.0
+"""A run whose training loss is so many times the first one for `DIVERGED_EPOCHS` has diverged."""
+
+DIVERGED_EPOCHS = 3
+
+QUANTILES = {"min": 0.0, "q10": 0.1, "median": 0.5, "q90": 0.9, "max": 1.0}
+
+
+def run(
+    config: Config,
+    *,
+    data_root: Path | None = None,
+    out: Path,
+    device: str = "cpu",
+    on_epoch: Callable[[Epoch], object] | None = None,
+) -> Record:
+    """Trains what is missing of a run and returns its record.
+
+    The record is written after each epoch. A checkpoint lies beside it until the run has ended, and
+    the run goes on from there bit for bit. A finished run of fewer epochs stays in its place until
+    the longer one has finished.
+
+    Args:
+        config: The run.
+        data_root: The folder of the data sets, see `quadstep.lab.data.load`.
+        out: The folder of the records.
+        device: Where to train, in torch's words.
+        on_epoch: Called with the last epoch known at the start, then with every new one.
+
+    Raises:
+        ValueError: The task or the optimizer is unknown, or the data set or record is unusable.
+        OSError: A file cannot be written; what was written before is kept.
+    """
+    check_task(config.task)
+    check_optimizer(config.optimizer)
+    checkpoint = config.path(out).with_suffix(".ckpt")
+    kept = records.find(config, out)
+    if kept is not None and kept.satisfies(config.epochs):
+        checkpoint.unlink(missing_ok=True)
+        return kept
+    data = data_sets.load(TASKS[config.task].data, data_root, config.subset).to(device)
+    trial = _resume(checkpoint, config, device)
+    if trial is None:
+        trial = _Run(config, device)
+        trial.evaluate(data)
+    while True:
+        record = trial.record()
+        ended = record.status != "unfinished"
+        if ended or kept is None or kept.status == "unfinished":
+            records.write(record, out)
+        if on_epoch is not None:
+            on_epoch(record.epochs[-1])
+        if ended:
+            checkpoint.unlink(missing_ok=True)
+            return record
+        trial.save(checkpoint)
+        trial.train(data)
+
+
+def shuffle(size: int, seed: int, epoch: int) -> Tensor:
+    """Orders the training set for an epoch, the same for all optimizers."""
+    # Torch seeds its generator by the lower 32 bits alone.
+    generator = torch.Generator().manual_seed((seed << 16) + epoch)
+    return torch.randperm(size, generator=generator)
+
+
+class _Run:
+    """A run between two epochs."""
+
+    def __init__(self, config: Config, device: str) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.device = device
+        self.model = models.build(config.task).to(device)
+        self.optimizer = optimizers.build(config.optimizer, self.model.parameters())
+        self.header = records.header(config, threads=torch.get_num_threads(), device=device)
+        self.epochs: list[Epoch] = []
+        self.seconds = 0.0
+        self.forwards = 0
+        self.backwards = 0
+        self.lost = False
+        """Whether no batch of the last epoch had a finite loss."""
+
+    def train(self, data: Data) -> None:
+        """Trains for an epoch and evaluates."""
+        order = shuffle(len(data.train_labels), self.config.seed, len(self.epochs))
+        losses: list[Tensor] = []
+        rates: list[float] = []
+        reasons: Counter[str] = Counter()
+        started = time.perf_counter()
+        for inputs, labels in batches(
+            data.train_inputs, data.train_labels, self.config.batch_size, order.to(self.device)
+        ):
+            losses.append(self._step(inputs, labels))
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            if isinstance(self.optimizer, LQA):
+                report = self.optimizer.report
+                reasons[report.reason.value] += 1
+                self.forwards += report.forwards
+                self.backwards += report.backwards
+            else:
+                self.forwards += 1
+                self.backwards += 1
+        # The device is waited for here alone, within the time measured.
+        self.lost = not torch.stack(losses).isfinite().any().item()
+        self.seconds += time.perf_counter() - started
+        levels = torch.tensor(list(QUANTILES.values()), dtype=torch.float64)
+        quantiles = torch.tensor(rates, dtype=torch.float64).quantile(levels)
+        rate = {name: float(value) for name, value in zip(QUANTILES, quantiles, strict=True)}
+        self.evaluate(data, rate, reasons)
+
+    def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        def closure() -> Tensor:
+            loss = functional.cross_entropy(self.model(inputs), labels)
+            if not isinstance(self.optimizer, LQA):
+                self.optimizer.zero_grad()
+                loss.backward()
+            return loss
+
+        # Torch declares closures that return floats, and passes on whatever they return.
+        step: Any = self.optimizer.step
+        return step(closure).detach()
+
+    def evaluate(
+        self,
+        data: Data,
+        rate: dict[str, float] | None = None,
+        reasons: Mapping[str, int] | None = None,
+    ) -> None:
+        """Adds the state after an epoch, which saw these rates and reasons."""
+        if isinstance(self.optimizer, LQA):
+            self.optimizer.eval()
+        self.model.eval()
+        train_loss, _ = self._measure(data.train_inputs, data.train_labels)
+        test_loss, test_accuracy = self._measure(data.test_inputs, data.test_labels)
+        self.model.train()
+        if isinstance(self.optimizer, LQA):
+            self.optimizer.train()
+        self.epochs.append(
+            Epoch(
+                epoch=len(self.epochs),
+                train_loss=train_loss,
+                test_loss=test_loss,
+                test_accuracy=test_accuracy,
+                seconds=self.seconds,
+                forwards=self.forwards,
+                backwards=self.backwards,
+                rate=rate,
+                reasons=dict(reasons or {}),
+            )
+        )
+
+    @torch.no_grad()
+    def _measure(self, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        for pixels, truth in batches(inputs, labels, EVALUATION_BATCH):
+            output = self.model(pixels)
+            loss += functional.cross_entropy(output, truth, reduction="sum")
+            right += (output.argmax(1) == truth).sum()
+        return loss.item() / len(labels), right.item() / len(labels)
+
+    def record(self) -> Record:
+        """Describes the run as far as it came."""
+        config = replace(self.config, epochs=max(self.config.epochs, self.epochs[-1].epoch))
+        return Record(config, self.header, tuple(self.epochs), self._status())
+
+    def _status(self) -> Outcome | Literal["unfinished"]:
+        limit = DIVERGED_RATIO * self.epochs[0].train_loss
+        recent = self.epochs[1:][-DIVERGED_EPOCHS:]
+        risen = len(recent) == DIVERGED_EPOCHS and all(row.train_loss > limit for row in recent)
+        if self.lost or risen or not math.isfinite(self.epochs[-1].train_loss):
+            return "diverged"
+        return "finished" if self.epochs[-1].epoch >= self.config.epochs else "unfinished"
+
+    def save(self, path: Path) -> None:
+        """Writes all that the run needs to go on from here."""
+        state = {
+            "header": self.header,
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        }
+        # By way of memory: when the disk is full, torch's own writer hides the reason.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with records.replacing(path) as file:
+            file.write(buffer.getbuffer())
+
+    def load(self, path: Path) -> None:
+        """Takes up the state that was written to `path`."""
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        before = Config(**state["header"]["config"])
+        if replace(before, epochs=self.config.epochs) != self.config:
+            raise ValueError(f"it belongs to {before}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        torch.cuda.set_rng_state_all(state["random_cuda"])
+        self.epochs = [Epoch(**row) for row in state["epochs"]]
+        last = self.epochs[-1]
+        self.seconds, self.forwards, self.backwards = last.seconds, last.forwards, last.backwards
+        self.header = records.resumed(state["header"], self.header, last.epoch)
+
+
+def _resume(checkpoint: Path, config: Config, device: str) -> _Run | None:
+    if not checkpoint.exists():
+        return None
+    trial = _Run(config, device)
+    try:
+        trial.load(checkpoint)
+    except Exception as error:  # Whatever a damaged file raises, the run can start anew.
+        warnings.warn(f"{checkpoint} is of no use, {config} starts anew: {error}", stacklevel=3)
+        return None
+    return trial

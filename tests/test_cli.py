@@ -1,0 +1,190 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs import grid
+
+import quadstep.lab
+from quadstep import cli
+from quadstep.lab import records
+from quadstep.lab.settings import settings
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command and returns its exit status, output and error output."""
+
+    def command_line(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return command_line
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    for record in grid(1, lambda optimizer, epoch: 2.0 / (1 + epoch), epochs=2):
+        records.write(record, tmp_path / "records")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["reproduce"], ["figures"], ["claims"]])
+def test_help(run, command):
+    status, output, _ = run(*command, "--help")
+    assert status == 0
+    assert "Usage: quadstep" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reproduce"], "Missing option '--figure'. Choose from: 1, 2, 3, 4, 5, all"),
+        (["reproduce", "--figure", "6"], "--figure"),
+        (["reproduce", "--figure", "1", "--epochs", "0"], "--epochs"),
+        (["reproduce", "--figure", "1", "--seeds", "none"], "--seeds"),
+        (["reproduce", "--figure", "1", "--workers", "0"], "--workers"),
+        (
+            ["reproduce", "--figure", "1", "--optimizers", "sgd-0.1,sdg"],
+            "--optimizers: unknown optimizer 'sdg': choose from sgd-0.1, ",
+        ),
+        (["reproduce", "--figure", "1", "--device", "abacus"], "--device: abacus: "),
+        (["reproduce", "--figure", "1", "--data", "nowhere"], "no folder nowhere/mnist"),
+        (["figures", "--records", "nowhere"], "--records: there are no records in nowhere: "),
+        (["claims", "--records", "nowhere"], "--records: there are no records in nowhere: "),
+        (["claims", "--recrods", "nowhere"], "--recrods"),
+        (["repoduce"], "repoduce"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_that_names_the_option(
+    run, monkeypatch, tmp_path, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = run(*arguments)
+    assert status == 2
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_broken_record_is_named(run, results):
+    broken = results / "records" / "logistic-mnist" / "lqa-seed0.jsonl"
+    broken.write_text("{}\n")
+    for command in ("figures", "claims"):
+        status, _, errors = run(command, "--records", results / "records", "--out", results)
+        assert status == 2
+        assert str(broken) in errors
+        assert errors.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written(run, results):
+    (results / "file").touch()
+    out = results / "file" / "out"
+    status, _, errors = run("claims", "--records", results / "records", "--out", out)
+    assert status == 1
+    assert str(results / "file") in errors
+    assert errors.count("\n") == 1
+
+
+def test_reproduce_asks_for_the_runs(run, monkeypatch, tmp_path):
+    from quadstep.lab import grid
+
+    asked = {}
+
+    def execute(wanted, **options):
+        asked.update(options, wanted=list(wanted))
+        return 0
+
+    monkeypatch.setattr(grid, "execute", execute)
+    command = ["reproduce", "--figure", "all", "--data", "data", "--epochs", "3", "--seeds", "2"]
+    command += ["--subset", "500", "--optimizers", "sgd-0.1, lqa", "--workers", "2"]
+    status, _, _ = run(*command, "--out", tmp_path)
+    assert status == 0
+    assert len(asked["wanted"]) == 5 * 2 * 2
+    assert {(config.epochs, config.subset) for config in asked["wanted"]} == {(3, 500)}
+    assert {config.optimizer for config in asked["wanted"]} == {"sgd-0.1", "lqa"}
+    assert asked["out"] == tmp_path / "records"
+    assert asked["data_root"] == Path("data")
+    assert asked["workers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "message"),
+    [(3, 1, "3 runs failed"), (KeyboardInterrupt(), 130, "The same command goes on from here")],
+)
+def test_reproduce_that_does_not_get_through(run, monkeypatch, outcome, status, message):
+    from quadstep.lab import grid
+
+    def execute(wanted, **options):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(grid, "execute", execute)
+    ended, _, errors = run("reproduce", "--figure", "1")
+    assert ended == status
+    assert message in errors
+
+
+def test_claims(run, results):
+    status, output, _ = run("claims", "--records", results / "records", "--out", results)
+    assert status == 0
+    assert "not run" in output
+    assert (results / "CLAIMS.md").exists()
+    assert (results / "claims.json").exists()
+
+
+def test_figures_and_claims_do_without_torch(results):
+    code = (
+        "import sys; from quadstep.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as ended: sys.exit(ended.code or 'torch' in sys.modules)"
+    )
+    for command in ("figures", "claims"):
+        arguments = [command, "--records", results / "records", "--out", results / "out"]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
+        assert done.returncode == 0
+    assert (results / "out" / "figure-1.png").exists()
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra_the_command_says_what_to_install(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; import quadstep.cli"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'pip install "quadstep[lab]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_library_of_the_extra_that_is_missing_is_named(run, results, monkeypatch):
+    # As if nothing had imported it yet.
+    monkeypatch.delitem(sys.modules, "quadstep.lab.figures", raising=False)
+    monkeypatch.delattr(quadstep.lab, "figures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, errors = run("figures", "--records", results / "records", "--out", results)
+    assert status == 1
+    assert errors == 'matplotlib is not installed: run pip install "quadstep[lab]"\n'
+
+
+def test_demo(run, monkeypatch, tmp_path):
+    import torch
+
+    from quadstep.lab import demo
+
+    shown = ("adam-0.01", "sgd-0.001", "lqa-auto")
+    assert set(shown) < set(settings())
+    monkeypatch.setattr(demo, "settings", lambda: shown)
+    monkeypatch.setitem(demo.TASKS, demo.TASK, replace(demo.TASKS[demo.TASK], epochs=3))
+    threads = torch.get_num_threads()
+    try:
+        status, output, _ = run("demo", "--out", tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert status == 0
+    assert output.index("lqa-auto") < output.index("SGD 0.001")
+    assert (tmp_path / "demo.png").exists()
+    assert {record.config.optimizer for record in records.read_all(tmp_path / "records")} == set(
+        shown
+    )

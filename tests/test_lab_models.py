@@ -1,0 +1,108 @@
+"""Models and optimizers: the sizes the paper's models have, and what their names stand for."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim import SGD, Adagrad, Adam, RMSprop
+
+from quadstep import LQA
+from quadstep.lab import models, optimizers
+from quadstep.lab.settings import COMPETITORS, FAMILIES, SHAPES, TASKS, settings
+
+CLASSES = {
+    "sgd": SGD,
+    "sgd-m": SGD,
+    "sgd-nag": SGD,
+    "adagrad": Adagrad,
+    "rmsprop": RMSprop,
+    "adam": Adam,
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters"),
+    [
+        ("logistic-mnist", 7_850),
+        ("mlp-mnist", 1_796_010),
+        ("lenet-mnist", 61_706),
+        ("lenet-cifar10", 62_006),
+        ("resnet18-cifar10", 11_173_962),
+        ("mlp-digits", 17_610),
+    ],
+)
+def test_models_have_their_known_sizes(task: str, parameters: int) -> None:
+    model = models.build(task)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    images = torch.rand(2, *SHAPES[TASKS[task].data])
+    assert model(images).shape == (2, 10)
+
+
+def test_resnet18_halves_the_image_three_times() -> None:
+    body = models.build("resnet18-cifar10")[:-3]
+    assert body(torch.rand(1, 3, 32, 32)).shape == (1, 512, 4, 4)
+
+
+def test_every_figure_has_one_task() -> None:
+    figures = [task.figure for task in TASKS.values() if task.figure is not None]
+    assert sorted(figures) == [1, 2, 3, 4, 5]
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown task 'mlp': choose from logistic-mnist, mlp-m"):
+        models.build("mlp")
+
+
+def train(model: nn.Module) -> dict[str, bool]:
+    """Trains a few steps and tells which parameters moved."""
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    images, labels = torch.rand(64, 1, 8, 8), torch.arange(64) % 7
+    for _ in range(10):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return {name: not torch.equal(before[name], value) for name, value in model.named_parameters()}
+
+
+def test_an_mlp_started_at_zero_moves_in_its_last_bias_alone() -> None:
+    model = models.build("mlp-digits")
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    moved = train(model)
+    assert [name for name in moved if moved[name]] == ["5.bias"]
+    assert all(train(models.build("mlp-digits")).values())
+
+
+def test_logistic_regression_starts_at_zero_and_trains() -> None:
+    model = models.logistic((1, 8, 8))
+    assert all(not parameter.any() for parameter in model.parameters())
+    assert all(train(model).values())
+
+
+def test_there_are_18_competitors_and_3_configurations() -> None:
+    assert len(COMPETITORS) == 18
+    assert {row.family for row in COMPETITORS.values()} == set(FAMILIES)
+    assert COMPETITORS["sgd-nag-0.001"].rate == 0.001
+    assert settings()[-3:] == ("lqa-paper", "lqa", "lqa-auto")
+    assert set(optimizers.BUILDERS) == set(settings())
+
+
+@pytest.mark.parametrize("name", settings())
+def test_settings_are_what_their_names_say(name: str) -> None:
+    optimizer = optimizers.build(name, models.build("mlp-digits").parameters())
+    group = optimizer.param_groups[0]
+    if name in COMPETITORS:
+        row = COMPETITORS[name]
+        assert type(optimizer) is CLASSES[row.family]
+        assert group["lr"] == row.rate
+        assert group.get("momentum", 0) == (0.9 if row.family in ("sgd-m", "sgd-nag") else 0)
+        assert group.get("nesterov", False) == (row.family == "sgd-nag")
+    else:
+        assert type(optimizer) is LQA
+
+
+def test_an_unknown_optimizer_is_refused_with_the_known_ones() -> None:
+    parameters = models.build("mlp-digits").parameters()
+    with pytest.raises(ValueError, match=r"unknown optimizer 'sgd': choose from sgd-0\.1, .*lqa"):
+        optimizers.build("sgd", parameters)
