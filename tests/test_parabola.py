@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from quadstep.parabola import Decision, Exact, Parabola, Points, Reason, Safeguarded
+from quadstep.parabola import Decision, Exact, Ledger, Parabola, Points, Reason, Safeguarded
 
 anything = st.floats(allow_nan=True, allow_infinity=True)
 rates = st.floats(1e-30, 1e30)
@@ -18,6 +18,10 @@ def sample(parabola: Parabola, radius: float, floor: float = 1.0, resolution=2.0
         return floor - parabola.slope * rate + parabola.curvature * rate**2
 
     return Points(radius, at(radius), at(0.0), at(-radius), resolution)
+
+
+def doubting() -> Safeguarded:
+    return Safeguarded(smoothing=0.99, growth=1.1, ledger=Ledger.open(0.0))
 
 
 def fresh() -> Safeguarded:
@@ -88,24 +92,32 @@ class TestExact:
 
 
 class TestSafeguarded:
-    @given(rates, st.lists(st.tuples(anything, anything, anything), max_size=20))
-    @example(1.0, [(1e308, -1e308, 1e308)])
-    @example(1e-30, [(0.0, 0.0, 0.0)])
-    def test_the_rate_is_finite_positive_and_inside_its_clamp(self, rate, losses):
-        search = fresh()
+    @given(
+        st.sampled_from([fresh, doubting]),
+        rates,
+        st.lists(st.tuples(anything, anything, anything), max_size=20),
+    )
+    @example(fresh, 1.0, [(1e308, -1e308, 1e308)])
+    @example(fresh, 1e-30, [(0.0, 0.0, 0.0)])
+    def test_the_rate_is_finite_positive_and_inside_its_clamp(self, make, rate, losses):
+        search = make()
         for minus, centre, plus in losses:
             radius = search.radius(rate)
             search, decision = search.decide(rate, Points(radius, minus, centre, plus))
             assert 0.0 < decision.rate < math.inf
-            assert decision.step in (0.0, decision.rate)
-            upper = radius if decision.reason is Reason.NOISE else 2.0 * rate
+            assert 0.0 <= decision.step <= min(decision.rate, max(radius, search.growth * rate))
+            upper = search.growth * rate
+            if decision.reason is Reason.NOISE:
+                upper = radius
+            elif decision.reason is Reason.GROWN:
+                upper = math.inf
             lower = 0.1 * rate * (1.0 - 1e-15)
             assert max(lower, 1e-30) <= decision.rate <= min(max(upper, rate), 1e30)
             rate = decision.rate
 
     @settings(max_examples=300)
     @given(
-        rates,
+        st.floats(1e-12, 1e12),
         st.lists(st.tuples(*[st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf])] * 3)),
         st.floats(1e-4, 1e2),
         st.floats(0.01, 1.0),
@@ -198,3 +210,45 @@ class TestSafeguarded:
         search, _ = fresh().decide(1.0, sample(Parabola(2.0, 1.0), 1.0))
         search, _ = search.decide(0.01, sample(Parabola(2.0, 100.0), 0.01))
         assert search.parabola.minimiser == pytest.approx(0.01)
+
+
+class TestLedger:
+    def book(self, losses, promise=0.0):
+        ledger = Ledger.open(losses[0])
+        for loss in losses:
+            ledger = ledger.book(loss, promise)
+        return ledger
+
+    def test_a_falling_loss_earns_the_whole_vertex(self):
+        ledger = self.book([2.0 * 0.99**step for step in range(200)], promise=1.0)
+        assert ledger.share == 1.0
+        assert ledger.learned
+        assert ledger.believed
+
+    def test_a_rising_loss_costs_a_share_of_it_down_to_a_bound(self):
+        assert 0.1 < self.book([1.0 + 0.01 * step for step in range(30)]).share < 0.7
+        assert self.book([1.0 + 0.01 * step for step in range(300)]).share == 0.1
+
+    def test_unkept_promises_are_not_believed_on_a_plateau(self):
+        plateau = [2.3 + 0.01 * (-1) ** step for step in range(300)]
+        assert not self.book(plateau, promise=0.01).believed
+
+    def test_promises_too_small_to_show_are_believed(self):
+        plateau = [2.3 + 0.01 * (-1) ** step for step in range(300)]
+        assert self.book(plateau, promise=1e-6).believed
+
+    @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0.0, 1e6))
+    def test_the_share_stays_in_its_bounds(self, losses, promise):
+        assert 0.1 <= self.book(losses, promise).share <= 1.0
+
+    def test_doubt_slows_growth_on_a_plateau_only(self):
+        def grown(losses):
+            search, rate = doubting(), 0.1
+            for loss in losses:
+                points = sample(Parabola(1.0, 0.05), search.radius(rate), loss)
+                search, decision = search.decide(rate, points)
+                rate = decision.rate
+            return rate
+
+        assert grown([2.3] * 200) < 0.2
+        assert grown([2.3 * 0.97**step for step in range(200)]) > 1.0

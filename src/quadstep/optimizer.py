@@ -13,7 +13,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
 import torch
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from quadstep.averaging import ScheduleFree
 from quadstep.direction import Direction, Displacement, Gradient, NormalisedGradient
 from quadstep.line import Closure, Line, Moment, Surroundings
-from quadstep.parabola import Decision, Exact, Parabola, Points, Reason, Safeguarded
+from quadstep.parabola import Decision, Exact, Ledger, Points, Reason, Safeguarded
 
 STATE_VERSION = 1
 
@@ -111,8 +111,12 @@ class LQA(Optimizer):
             self._direction = NormalisedGradient() if greedy else Gradient()
         self._averaging = ScheduleFree() if averaged else None
         self._every = every or (10 if averaged else 1)
-        # The averages look back over about a hundred steps, however often those are measured.
-        self._search: Safeguarded | Exact = Safeguarded(smoothing=0.99**self._every, growth=2.0)
+        # Averaged iterates bear a greedy rate; without averaging the loss itself must vouch for it.
+        self._search: Safeguarded | Exact = (
+            Safeguarded(smoothing=0.97, growth=2.0)
+            if averaged
+            else Safeguarded(smoothing=0.99, growth=1.1, ledger=Ledger.open(0.0))
+        )
         self._wait = 0
         self._moves = 0
         self._training = True
@@ -274,8 +278,7 @@ class LQA(Optimizer):
             self._direction.base.__setstate__(
                 {"state": self.state, "param_groups": self.param_groups}
             )
-        parabola = Parabola(**saved["search"]["parabola"])
-        self._search = replace(self._search, **(saved["search"] | {"parabola": parabola}))
+        self._search = self._search.loaded(saved["search"])
         self._wait = saved["wait"]
         self._moves = saved["moves"]
         self._training = saved["training"]

@@ -10,9 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 SMALLEST_RATE = 1e-30
 LARGEST_RATE = 1e30
+
+OVERFLOW = 3.4e38
+"""Beyond this a rate is not finite in single precision."""
 
 
 class Reason(StrEnum):
@@ -102,6 +106,10 @@ class Parabola:
         """Whether the parabola has a minimum at a positive rate."""
         return self.slope > 0.0 and self.curvature > 0.0
 
+    def scaled(self, factor: float) -> Parabola:
+        """Multiplies both coefficients; the vertex stays."""
+        return Parabola(self.slope * factor, self.curvature * factor)
+
     def blend(self, other: Parabola, weight: float) -> Parabola:
         """Moves both coefficients towards another parabola's by a weight in [0, 1]."""
         return Parabola(
@@ -135,6 +143,10 @@ class Exact:
 
     parabola: Parabola = Parabola(0.0, 0.0)
 
+    def loaded(self, state: dict[str, Any]) -> Exact:
+        """Takes over a state that was saved with `asdict`."""
+        return Exact(Parabola(**state["parabola"]))
+
     def radius(self, rate: float) -> float:
         """The distance of the probes: delta0, the last minimiser (section 3.2)."""
         return rate
@@ -143,7 +155,7 @@ class Exact:
         """Takes the vertex; one that is not finite leaves the parameters where they are."""
         fit = Parabola.fit(points)
         minimiser = fit.minimiser
-        if not (points.finite and math.isfinite(minimiser)):
+        if not points.finite or not abs(minimiser) <= OVERFLOW:
             return self, Decision(rate, 0.0, Reason.NON_FINITE)
         if fit.curvature <= 0.0:
             reason = Reason.CONCAVE
@@ -152,6 +164,68 @@ class Exact:
         else:
             reason = Reason.MINIMUM
         return Exact(fit), Decision(minimiser, minimiser, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """How far the vertex is to be believed, from whether the loss falls on the batches that follow.
+
+    A batch vouches for itself: its own noise slopes down along a direction made from it, so its
+    vertex lies too far out, hopelessly so where there is more noise than signal, as on the plateau
+    on which deep networks start or in the dwell around an optimum. A rising loss is the proof.
+
+    Attributes:
+        fast: running mean of the loss over about 10 steps.
+        slow: running mean of the loss over about 100 steps.
+        spread: running mean of the distance of a loss from the fast mean.
+        height: the highest fast mean.
+        promised: running mean of the decrease that the parabolas promised for a step.
+        share: the share of the vertex to take, in [0.1, 1]: lowered while the loss rises.
+        learned: whether the loss has once been clearly below its height.
+    """
+
+    fast: float
+    slow: float
+    spread: float
+    height: float
+    promised: float = 0.0
+    share: float = 1.0
+    learned: bool = False
+
+    RISING, FALLING, LEAST = 0.98, 1.01, 0.1
+    """What multiplies the share in a step, and its lower bound."""
+    CLEARLY = 3.0
+    """Spreads below its height at which the loss has clearly fallen."""
+    PATIENCE = 50.0
+    """Steps after which a kept promise would show."""
+
+    @classmethod
+    def open(cls, loss: float) -> Ledger:
+        """Starts with the first loss, and with a spread that noise is unlikely to exceed."""
+        return cls(fast=loss, slow=loss, spread=0.1 * abs(loss), height=loss)
+
+    def book(self, loss: float, promise: float) -> Ledger:
+        """Enters the loss before a step and the decrease that is promised for the step."""
+        spread = 0.9 * self.spread + 0.1 * abs(loss - self.fast)
+        # Written so that equal losses leave equal means, to the last bit.
+        fast = self.fast + 0.1 * (loss - self.fast)
+        slow = self.slow + 0.01 * (loss - self.slow)
+        share = self.share * (self.RISING if fast > slow else self.FALLING)
+        height = max(self.height, fast)
+        return Ledger(
+            fast=fast,
+            slow=slow,
+            spread=spread,
+            height=height,
+            promised=0.9 * self.promised + 0.1 * promise,
+            share=min(max(share, self.LEAST), 1.0),
+            learned=self.learned or height - fast > self.CLEARLY * spread,
+        )
+
+    @property
+    def believed(self) -> bool:
+        """Whether promises have once come true, or are too small to show beside the noise."""
+        return self.learned or self.PATIENCE * self.promised <= self.spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +241,8 @@ class Safeguarded:
         parabola: the running parabola, per unit of rate.
         level: the running mean of the absolute loss, the scale of what is a large change.
         reach: the least distance of the probes at which the losses differ by more than rounding.
+        ledger: what is known of kept promises; None takes every vertex at its word, for iterates
+            that are averaged.
     """
 
     smoothing: float
@@ -174,13 +250,24 @@ class Safeguarded:
     parabola: Parabola = Parabola(0.0, 0.0)
     level: float = 0.0
     reach: float = 0.0
+    ledger: Ledger | None = None
 
     SHRINK = 0.1
     """The smallest factor by which one measurement lowers the rate."""
+    TRAIL = 100.0
+    """However slowly it grows, the rate stays within this factor of the minimiser."""
+    CREDIT = 0.02
+    """The part of the growth that is allowed while promises are not believed."""
     CONTRADICTION = 10.0
-    """A running parabola whose vertex is this factor off a clear measurement is forgotten."""
+    """The factor between two vertices at which they contradict each other."""
     SIGNAL = 1e3
     """Probes go out to where the curvature shows this many times above rounding."""
+
+    def loaded(self, state: dict[str, Any]) -> Safeguarded:
+        """Takes over a state that was saved with `asdict`."""
+        ledger = state["ledger"] and Ledger(**state["ledger"])
+        state = state | {"parabola": Parabola(**state["parabola"]), "ledger": ledger}
+        return Safeguarded(**state)
 
     def radius(self, rate: float) -> float:
         """The distance of the probes: the rate in force, or further where that drowns in rounding.
@@ -210,15 +297,26 @@ class Safeguarded:
         parabola = self._average(fit)
         reach = points.radius * math.sqrt(self.SIGNAL * points.rounding / bend)
         level = self._level(abs(points.centre))
-        tracked = replace(self, parabola=parabola, level=level, reach=reach)
-        limit = _clamp(rate * self.growth)
+        ledger, share, growth = self.ledger, 1.0, self.growth
+        if ledger is not None:
+            promise = max(0.0, rate * (fit.slope - fit.curvature * rate))
+            ledger = (ledger if self.level else Ledger.open(points.centre)).book(
+                points.centre, promise
+            )
+            share = ledger.share
+            if not ledger.believed:
+                growth = 1.0 + self.CREDIT * (growth - 1.0)
+        tracked = replace(self, parabola=parabola, level=level, reach=reach, ledger=ledger)
+        limit = _clamp(rate * growth)
         if parabola.slope <= 0.0:
             return tracked, Decision(_clamp(rate / self.growth), 0.0, Reason.ASCENT)
         if parabola.curvature <= 0.0:
             return tracked, Decision(limit, limit, Reason.CONCAVE)
-        minimiser = _clamp(parabola.minimiser)
+        minimiser = _clamp(share * parabola.minimiser)
         if minimiser > limit:
-            return tracked, Decision(limit, limit, Reason.GROWN)
+            # The step is one that the probes can vouch for, the next probes go further.
+            trailing = minimiser / self.TRAIL if growth == self.growth else 0.0
+            return tracked, Decision(max(limit, trailing), limit, Reason.GROWN)
         if minimiser < rate * self.SHRINK:
             return tracked, Decision(_clamp(rate * self.SHRINK), 0.0, Reason.SHRUNK)
         step = minimiser if minimiser >= 0.5 * rate else 0.0
@@ -249,14 +347,20 @@ class Safeguarded:
         )
 
     def _average(self, fit: Parabola) -> Parabola:
-        """Averages a fit into the running parabola, or starts afresh where the two contradict."""
-        if fit.descends:
-            past, present = self.parabola.minimiser, fit.minimiser
-            if not self.parabola.descends or present * self.CONTRADICTION < past:
-                return fit
-            if past * self.CONTRADICTION < present:
-                return self.parabola.blend(fit, 0.5)
-        return self.parabola.blend(fit, 1.0 - self.smoothing)
+        """Averages a fit into the running parabola, unless the two contradict.
+
+        A vertex far nearer than the running one is believed at once. One far beyond it may be an
+        outlier, or the running one the remains of a fault: the running parabola, scaled down to the
+        size of the fit, takes it half, which about doubles the vertex.
+        """
+        past, weight = self.parabola, 1.0 - self.smoothing
+        if not fit.descends:
+            return past.blend(fit, weight)
+        if not past.descends or fit.minimiser * self.CONTRADICTION < past.minimiser:
+            return fit
+        if past.minimiser * self.CONTRADICTION < fit.minimiser:
+            return past.scaled(min(1.0, fit.slope / past.slope)).blend(fit, 0.5)
+        return past.blend(fit, weight)
 
     def _level(self, loss: float) -> float:
         """Averages the loss; a single huge one counts for no more than ten times the mean."""
