@@ -9,6 +9,7 @@ from runs import grid
 import quadstep.lab
 from quadstep import cli
 from quadstep.lab import records
+from quadstep.lab.claims import gather_evidence
 from quadstep.lab.settings import settings
 
 
@@ -32,9 +33,12 @@ def results(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["reproduce"], ["figures"], ["claims"]])
+@pytest.mark.parametrize(
+    "command",
+    ["", "demo", "reproduce", "lines", "bench", "bench cost", "bench restore", "figures", "claims"],
+)
 def test_help(run, command):
-    status, output, _ = run(*command, "--help")
+    status, output, _ = run(*command.split(), "--help")
     assert status == 0
     assert "Usage: quadstep" in output
 
@@ -53,6 +57,22 @@ def test_help(run, command):
         ),
         (["reproduce", "--figure", "1", "--device", "abacus"], "--device: abacus: "),
         (["reproduce", "--figure", "1", "--data", "nowhere"], "no folder nowhere/mnist"),
+        (["lines"], "Missing option '--task'"),
+        (["lines", "--task", "mlp"], "--task: unknown task 'mlp': choose from logistic-mnist, "),
+        (
+            ["lines", "--task", "mlp-digits", "--optimizers", "lqa,sgd-0.1"],
+            "--optimizers: unknown configuration 'sgd-0.1': choose from lqa-paper, lqa, lqa-auto",
+        ),
+        (
+            ["lines", "--task", "mlp-digits", "--epochs", "1", "--steps", "23"],
+            "steps must be between 1 and 22, all that the run has: got 23",
+        ),
+        (["lines", "--task", "mlp-mnist", "--data", "nowhere"], "no folder nowhere/mnist"),
+        (["lines", "--task", "mlp-digits", "--device", "abacus"], "--device: abacus: "),
+        (["bench", "cost", "--models", "mpl"], "--models: unknown model 'mpl': choose from logis"),
+        (["bench", "cost", "--rounds", "0"], "--rounds"),
+        (["bench", "cost", "--device", "abacus"], "--device: abacus: "),
+        (["bench", "peer"], "peer"),
         (["figures", "--records", "nowhere"], "--records: there are no records in nowhere: "),
         (["claims", "--records", "nowhere"], "--records: there are no records in nowhere: "),
         (["claims", "--recrods", "nowhere"], "--recrods"),
@@ -126,6 +146,29 @@ def test_reproduce_that_does_not_get_through(run, monkeypatch, outcome, status, 
     ended, _, errors = run("reproduce", "--figure", "1")
     assert ended == status
     assert message in errors
+
+
+def test_lines(run, tmp_path):
+    command = ["lines", "--task", "mlp-digits", "--subset", "100", "--epochs", "1", "--steps", "2"]
+    status, output, _ = run(*command, "--optimizers", "lqa, lqa-auto", "--out", tmp_path)
+    assert status == 0
+    assert [Path(line) for line in output.splitlines()] == [
+        tmp_path / "lines" / f"mlp-digits-subset100-{name}-seed0.jsonl"
+        for name in ("lqa", "lqa-auto")
+    ]
+    assert len(gather_evidence([], tmp_path).lines) == 4
+
+
+def test_bench(run, monkeypatch, tmp_path):
+    from quadstep.lab import bench
+
+    monkeypatch.setattr(bench, "TRIPS", (1,))
+    out = tmp_path / "bench"
+    for command in ("cost --models logistic", "restore"):
+        status, output, _ = run("bench", *command.split(), "--rounds", "1", "--out", out)
+        assert status == 0
+        assert output.splitlines()[-1] == str(out / f"{command.split()[0]}.json")
+    assert {row["model"] for row in gather_evidence([], tmp_path).costs} == {"logistic"}
 
 
 def test_claims(run, results):

@@ -221,9 +221,10 @@ def test_seeds_are_counted_where_they_are_fewest():
 )
 def test_cost(ratios, expected):
     costs = [
-        {"model": f"model {number}", "optimizer": "lqa", "ratio": ratio}
+        {"model": f"model {number}", "optimizer": "lqa", "base": "sgd", "ratio": ratio}
         for number, ratio in enumerate(ratios)
     ]
+    costs.append({"model": "model 0", "optimizer": "lqa", "base": "adamw", "ratio": 9.0})
     assert verdict("m1", [], costs=costs) == expected
     assert verdict("m1", [], "lqa-auto", costs=costs) == "not run"
 
@@ -247,12 +248,22 @@ def test_reduction_along_the_line():
     assert verdict("m3", [], lines=lines(0.2, 0.89, 0.95)) == "fails"
     assert verdict("m3", [], lines=lines(0.9) + lines(0.8, task="lenet-mnist")) == "fails"
     assert decide("m3", [], lines=lines(0.9, 0.9) + lines(0.9, task="lenet-mnist")).n == 1
+    assert verdict("m3", [], lines=lines(None)) == "not run"
+    result = decide("m3", [], lines=lines(1.0, None) + lines(0.5, 0.7, 0.9, task="lenet-mnist"))
+    assert result.n == 1
+    assert [str(check) for check in result.checks] == [
+        "reduction 0.7 (lenet-mnist)",
+        "10% quantile 0.54 (lenet-mnist)",
+        "90% quantile 0.86 (lenet-mnist)",
+    ]
 
 
 def test_pages(tmp_path):
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "cost.json").write_text(
-        json.dumps({"rows": [{"model": "mlp", "optimizer": "lqa-auto", "ratio": 1.08}]})
+        json.dumps(
+            {"rows": [{"model": "mlp", "optimizer": "lqa-auto", "base": "adamw", "ratio": 1.08}]}
+        )
     )
     (tmp_path / "lines").mkdir()
     (tmp_path / "lines" / "mlp.jsonl").write_text(

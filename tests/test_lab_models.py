@@ -43,6 +43,20 @@ def test_resnet18_halves_the_image_three_times() -> None:
     assert body(torch.rand(1, 3, 32, 32)).shape == (1, 512, 4, 4)
 
 
+def test_the_transformer_sees_only_what_came_before() -> None:
+    model = models.transformer()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 627_936
+    text = torch.randint(models.CHARACTERS, (2, models.CONTEXT))
+    other = text.clone()
+    other[:, 40:] = 0
+    output = model(text)
+    assert output.shape == (2, models.CHARACTERS, models.CONTEXT)
+    assert torch.equal(output[..., :40], model(other)[..., :40])
+    assert not torch.equal(output, model(other))
+    functional.cross_entropy(output, text).backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+
+
 def test_every_figure_has_one_task() -> None:
     figures = [task.figure for task in TASKS.values() if task.figure is not None]
     assert sorted(figures) == [1, 2, 3, 4, 5]

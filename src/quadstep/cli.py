@@ -1,13 +1,14 @@
 """The command line: the demonstration, the paper's experiments, and what is drawn from them."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 # Commands import the rest themselves: not all need torch, which takes long.
-from quadstep.lab.records import Record, RecordError, read_all
-from quadstep.lab.settings import CONFIGURATIONS
+from quadstep.lab.records import Config, Record, RecordError, read_all
+from quadstep.lab.settings import CONFIGURATIONS, TASKS, check_configuration, check_task
 
 _INSTALL = 'is not installed: run pip install "quadstep[lab]"'
 
@@ -24,8 +25,24 @@ app = typer.Typer(
     add_completion=False,
 )
 
+bench = typer.Typer(help="Measures what the library itself costs.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 Figure = Literal["1", "2", "3", "4", "5", "all"]
 RecordsOption = Annotated[Path, typer.Option("--records", help="The folder of records to read.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(help="The folder of mnist/ and cifar10/; QUADSTEP_DATA or the hub without."),
+]
+EpochsOption = Annotated[int | None, typer.Option(min=1, help="The paper's by default.")]
+SubsetOption = Annotated[
+    int | None, typer.Option(min=1, help="How many training images to keep; all by default.")
+]
+NamesOption = Annotated[str | None, typer.Option(help="Names with commas between; all by default.")]
+DeviceOption = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1...")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="How often to measure everything.")]
+BenchOption = Annotated[Path, typer.Option("--out", help="The folder for the measurement.")]
+ResultsOption = Annotated[Path, typer.Option(help="The folder for results.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -58,34 +75,22 @@ def demo(
 @app.command()
 def reproduce(
     figure: Annotated[Figure, typer.Option(help="The paper's figure.")],
-    data: Annotated[
-        Path | None,
-        typer.Option(help="The folder of mnist/ and cifar10/; QUADSTEP_DATA or the hub without."),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="The paper's by default.")] = None,
+    data: DataOption = None,
+    epochs: EpochsOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many runs of each setting.")] = 1,
-    subset: Annotated[
-        int | None, typer.Option(min=1, help="How many training images to keep; all by default.")
-    ] = None,
-    optimizers: Annotated[
-        str | None, typer.Option(help="Names with commas between; all by default.")
-    ] = None,
+    subset: SubsetOption = None,
+    optimizers: NamesOption = None,
     workers: Annotated[int, typer.Option(min=1, help="How many runs at a time.")] = 1,
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1...")] = "cpu",
-    out: Annotated[Path, typer.Option(help="The folder for results.")] = Path("results"),
+    device: DeviceOption = "cpu",
+    out: ResultsOption = Path("results"),
 ) -> None:
     """Trains the runs that a figure still lacks; stopped at any point, it goes on from there."""
-    import torch
-
     from quadstep.lab import grid
     from quadstep.lab.curves import FIGURES
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"{device}: {error}", param_hint="--device") from error
-    names = None if optimizers is None else [name.strip() for name in optimizers.split(",")]
-    try:
+    _check_device(device)
+    names = _names(optimizers)
+    with _wrong_use("--optimizers"):
         wanted = [
             config
             for number in (FIGURES if figure == "all" else [int(figure)])
@@ -97,21 +102,82 @@ def reproduce(
                 optimizers=names,
             )
         ]
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--optimizers") from error
     try:
-        failures = grid.execute(
-            wanted, workers=workers, data_root=data, out=out / "records", device=device
-        )
-    except RecordError:
-        raise
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        with _wrong_use():
+            failures = grid.execute(
+                wanted, workers=workers, data_root=data, out=out / "records", device=device
+            )
     except KeyboardInterrupt as interrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         raise typer.Exit(130) from interrupt
     if failures:
         raise typer.TyperException(f"{failures} runs failed; the same command tries them again")
+
+
+@app.command()
+def lines(
+    task: Annotated[str, typer.Option(help="The model and its data: mlp-mnist, lenet-cifar10...")],
+    data: DataOption = None,
+    epochs: EpochsOption = None,
+    steps: Annotated[int, typer.Option(min=1, help="How many lines to search in a run.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and batches.")] = 0,
+    subset: SubsetOption = None,
+    optimizers: NamesOption = None,
+    device: DeviceOption = "cpu",
+    out: ResultsOption = Path("results"),
+) -> None:
+    """Measures how near each rate comes to the greatest reduction along its line."""
+    from quadstep.lab import lines
+
+    _check_device(device)
+    names = _names(optimizers) or CONFIGURATIONS
+    with _wrong_use("--task"):
+        check_task(task)
+    with _wrong_use("--optimizers"):
+        for name in names:
+            check_configuration(name)
+    configs = [
+        Config(task, name, seed, epochs or TASKS[task].epochs, subset=subset) for name in names
+    ]
+    with Console(stderr=True).status("") as status, _wrong_use():
+        for config in configs:
+            path = lines.run(
+                config,
+                steps=steps,
+                data_root=data,
+                out=out / "lines",
+                device=device,
+                on_epoch=lambda epoch, config=config: status.update(
+                    f"{config}: epoch {epoch.epoch} of {config.epochs}"
+                ),
+            )
+            print(path)
+
+
+@bench.command()
+def cost(
+    models: NamesOption = None,
+    rounds: RoundsOption = 15,
+    device: DeviceOption = "cpu",
+    out: BenchOption = Path("results/bench"),
+) -> None:
+    """Measures time and memory of LQA beside those of the optimizers it is compared with."""
+    from quadstep.lab import bench
+
+    _check_device(device)
+    with _wrong_use("--models"):
+        path = bench.cost(
+            out, Console(), names=_names(models) or [*bench.WORKLOADS], rounds=rounds, device=device
+        )
+    print(path)
+
+
+@bench.command()
+def restore(rounds: RoundsOption = 15, out: BenchOption = Path("results/bench")) -> None:
+    """Measures what a probe's return costs, by a snapshot and by subtraction."""
+    from quadstep.lab import bench
+
+    print(bench.restore(out, Console(), rounds=rounds))
 
 
 @app.command()
@@ -144,6 +210,30 @@ def claims(
     Console().print(table)
     for path in claims.write(evidence, verdicts, out):
         print(path)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{device}: {error}", param_hint="--device") from error
+
+
+def _names(listed: str | None) -> list[str] | None:
+    return None if listed is None else [name.strip() for name in listed.split(",")]
+
+
+@contextmanager
+def _wrong_use(option: str | None = None) -> Generator[None]:
+    """Tells what has a wrong value; a broken record tells so itself."""
+    try:
+        yield
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def _read(folder: Path) -> list[Record]:

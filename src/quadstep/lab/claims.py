@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from quadstep.lab.curves import FIGURES, describe, title
-from quadstep.lab.records import Record, RecordError, replacing
+from quadstep.lab.records import Record, RecordError, replacing, write_json
 from quadstep.lab.rules import (
     EVERY,
     LAST_QUARTER,
@@ -247,8 +247,7 @@ def measure(evidence: Evidence) -> Verdicts:
 def write(evidence: Evidence, verdicts: Verdicts, out: Path) -> tuple[Path, Path]:
     """Writes the verdicts as a page, `CLAIMS.md`, and as `claims.json`."""
     page, data = out / "CLAIMS.md", out / "claims.json"
-    with replacing(data) as file:
-        file.write((json.dumps([_row(*verdict) for verdict in verdicts], indent=1) + "\n").encode())
+    write_json([_row(*verdict) for verdict in verdicts], data)
     with replacing(page) as file:
         file.write(_page(evidence, verdicts).encode())
     return page, data
@@ -349,6 +348,8 @@ _READING = f"""
 - *lower*: the ratio of the mean losses; below 1 counts as lower.
 - *rise*: how much the loss rises from an epoch to the next on average, epochs at which it falls
   counting as 0; {UNSTABLE} separates unstable runs from smooth ones.
+- *reduction*: the median over the steps of the share of the greatest reduction along the line; the
+  quantiles beside it are those of the same model.
 - ∞: the run has diverged, or the level was never reached. A diverged run counts as an infinite
   loss from the epoch at which it was given up.
 - What the paper grants to others, or says of its own unsteady start, is no condition: LQA may do

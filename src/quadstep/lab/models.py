@@ -95,6 +95,56 @@ def _convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Module
     )
 
 
+CHARACTERS = 96
+"""How many characters the transformer knows."""
+
+CONTEXT = 64
+"""How many of them it reads at a time."""
+
+
+def transformer() -> nn.Module:
+    """Builds a small transformer that predicts each next character from those before it."""
+    return _Transformer(width=128, heads=4, layers=3)
+
+
+class _Transformer(nn.Module):
+    """Reads (example, place) and returns (example, character, place), as cross-entropy has it."""
+
+    def __init__(self, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.characters = nn.Embedding(CHARACTERS, width)
+        self.places = nn.Embedding(CONTEXT, width)
+        self.body = nn.Sequential(
+            *(_Attention(width, heads) for _ in range(layers)),
+            nn.LayerNorm(width),
+            nn.Linear(width, CHARACTERS),
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        vectors = self.characters(inputs) + self.places.weight[: inputs.shape[1]]
+        return self.body(vectors).transpose(1, 2)
+
+
+class _Attention(nn.Module):
+    """Attention to what came before, then a perceptron, each normalised and beside a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * width))
+        self.join = nn.Linear(width, width)
+        self.perceptron = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        # (example, place, 3 * width) to three of (example, head, place, width / heads).
+        parts = self.project(inputs).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(*parts, is_causal=True)
+        inputs = inputs + self.join(mixed.transpose(1, 2).flatten(2))
+        return inputs + self.perceptron(inputs)
+
+
 MODELS: dict[str, Callable[[Shape], nn.Module]] = {
     "logistic": logistic,
     "mlp": partial(mlp, width=1000),

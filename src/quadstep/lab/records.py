@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -239,9 +239,20 @@ def write(record: Record, root: Path) -> None:
     rows += [{"kind": "epoch", **asdict(epoch)} for epoch in record.epochs]
     if record.status != "unfinished":
         rows.append({"kind": "end", "status": record.status, "epoch": record.epochs[-1].epoch})
-    with replacing(record.config.path(root)) as file:
+    write_rows(rows, record.config.path(root))
+
+
+def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Writes a line of JSON a row, whole or not at all."""
+    with replacing(path) as file:
         for row in rows:
             file.write(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Writes a value as JSON to be read by people too, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 @contextmanager

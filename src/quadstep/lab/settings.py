@@ -72,6 +72,9 @@ COMPETITORS = {
 
 CONFIGURATIONS = ("lqa-paper", "lqa", "lqa-auto")
 
+BASES = {"lqa-paper": "sgd", "lqa": "sgd", "lqa-auto": "adamw"}
+"""The optimizer of torch that takes steps of the same kind, and that costs are compared with."""
+
 
 def settings() -> tuple[str, ...]:
     """Names every optimizer setting, the competitors first."""
@@ -80,14 +83,20 @@ def settings() -> tuple[str, ...]:
 
 def check_task(name: str) -> None:
     """Raises a `ValueError` that lists the tasks unless `name` is one."""
-    _check("task", name, TASKS)
+    check_name("task", name, TASKS)
 
 
 def check_optimizer(name: str) -> None:
     """Raises a `ValueError` that lists the optimizers unless `name` is one."""
-    _check("optimizer", name, settings())
+    check_name("optimizer", name, settings())
 
 
-def _check(what: str, name: str, known: Iterable[str]) -> None:
+def check_configuration(name: str) -> None:
+    """Raises a `ValueError` that lists the configurations of LQA unless `name` is one."""
+    check_name("configuration", name, CONFIGURATIONS)
+
+
+def check_name(what: str, name: str, known: Iterable[str]) -> None:
+    """Raises a `ValueError` that lists the known names unless `name` is one."""
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}: choose from {', '.join(known)}")

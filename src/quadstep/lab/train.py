@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
 
 from quadstep import LQA
 from quadstep.lab import data as data_sets
@@ -70,7 +71,7 @@ def run(
     data = data_sets.load(TASKS[config.task].data, data_root, config.subset).to(device)
     trial = _resume(checkpoint, config, device)
     if trial is None:
-        trial = _Run(config, device)
+        trial = Trial(config, device)
         trial.evaluate(data)
     while True:
         record = trial.record()
@@ -93,7 +94,22 @@ def shuffle(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=generator)
 
 
-class _Run:
+def step(optimizer: Optimizer, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Takes a step on a batch and returns the loss before it, detached."""
+
+    def closure() -> Tensor:
+        loss = functional.cross_entropy(model(inputs), labels)
+        if not isinstance(optimizer, LQA):
+            optimizer.zero_grad()
+            loss.backward()
+        return loss
+
+    # Torch declares closures that return floats, and passes on whatever they return.
+    take: Any = optimizer.step
+    return take(closure).detach()
+
+
+class Trial:
     """A run between two epochs."""
 
     def __init__(self, config: Config, device: str) -> None:
@@ -139,16 +155,7 @@ class _Run:
         self.evaluate(data, rate, reasons)
 
     def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        def closure() -> Tensor:
-            loss = functional.cross_entropy(self.model(inputs), labels)
-            if not isinstance(self.optimizer, LQA):
-                self.optimizer.zero_grad()
-                loss.backward()
-            return loss
-
-        # Torch declares closures that return floats, and passes on whatever they return.
-        step: Any = self.optimizer.step
-        return step(closure).detach()
+        return step(self.optimizer, self.model, inputs, labels)
 
     def evaluate(
         self,
@@ -234,10 +241,10 @@ class _Run:
         self.header = records.resumed(state["header"], self.header, last.epoch)
 
 
-def _resume(checkpoint: Path, config: Config, device: str) -> _Run | None:
+def _resume(checkpoint: Path, config: Config, device: str) -> Trial | None:
     if not checkpoint.exists():
         return None
-    trial = _Run(config, device)
+    trial = Trial(config, device)
     try:
         trial.load(checkpoint)
     except Exception as error:  # Whatever a damaged file raises, the run can start anew.

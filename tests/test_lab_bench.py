@@ -1,0 +1,128 @@
+import json
+import math
+from functools import partial
+
+import pytest
+from rich.console import Console
+from torch.nn import functional
+
+from quadstep.lab import bench
+from quadstep.lab.claims import CLAIMS, gather_evidence
+from quadstep.lab.settings import BASES
+
+
+@pytest.fixture
+def console(tmp_path):
+    with (tmp_path / "output").open("w") as file:
+        yield Console(file=file, width=200)
+
+
+@pytest.mark.parametrize("name", bench.WORKLOADS)
+def test_each_model_can_be_trained_on_its_batches(name):
+    model, batches = bench.WORKLOADS[name]()
+    assert len(batches) == bench.BLOCK
+    assert {len(tensor) for batch in batches for tensor in batch} == {bench.BATCH}
+    inputs, labels = batches[0]
+    functional.cross_entropy(model(inputs[:2]), labels[:2]).backward()
+    assert all(param.grad.isfinite().all() for param in model.parameters())
+
+
+def test_cost(tmp_path, console, monkeypatch):
+    monkeypatch.setitem(bench.WORKLOADS, "digits", partial(bench._images, "mlp-digits"))
+    names = ["logistic", "digits"]
+    path = bench.cost(tmp_path / "bench", console, names=names, rounds=2)
+    measured = json.loads(path.read_text())
+    assert {"machine", "versions", "revision", "dirty", "batch_size"} < measured.keys()
+    assert measured["machine"]["device"] == "cpu"
+    rows = measured["rows"]
+    assert [(row["model"], row["optimizer"], row["base"]) for row in rows] == [
+        (name, *pair) for name in names for pair in bench.PAIRS
+    ]
+    for row in rows:
+        assert 0.0 < row["low"] <= row["ratio"] <= row["high"] < math.inf
+        assert 0.0 < row["step_ms"] < math.inf
+        assert row["rounds"] == 2
+    floors = {(row["model"], row["optimizer"], row["base"]): row["floor"] for row in rows}
+    for name in names:
+        lqa, auto = floors[name, "lqa", "sgd"], floors[name, "lqa-auto", "sgd"]
+        assert lqa > auto > 1.0
+        assert lqa - 1.0 == pytest.approx(10.0 * (auto - 1.0))
+    (cheap,) = [claim for claim in CLAIMS if claim.id == "m1"]
+    evidence = gather_evidence([], tmp_path)
+    assert {cheap.decide(evidence, configuration).n for configuration in BASES} == {2}
+
+
+def test_memory(tmp_path, console):
+    path = bench.cost(tmp_path, console, names=["logistic"], rounds=1)
+    memory = json.loads(path.read_text())["memory"]
+    assert {(row["model"], row["optimizer"], row["step"]) for row in memory} == {
+        ("logistic", "adamw", "plain"),
+        ("logistic", "lqa-auto", "held"),
+        ("logistic", "lqa-auto", "measuring"),
+    }
+    for row in memory:
+        assert row["state"] == pytest.approx(2.0, abs=0.01)
+        assert 0.0 < row["transient"] < math.inf
+    (plain,) = [row for row in memory if row["step"] == "plain"]
+    assert plain["transient"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_table_shows_what_was_measured(tmp_path, console):
+    path = bench.cost(tmp_path, console, names=["logistic"], rounds=1)
+    console.file.flush()
+    output = (tmp_path / "output").read_text()
+    for row in json.loads(path.read_text())["rows"]:
+        assert f"{row['ratio']:.3g}" in output
+
+
+def test_all_turns_end_where_the_first_ended():
+    model, batches = bench.WORKLOADS["logistic"]()
+    for name in bench.BUILDERS:
+        subject = bench._Subject(name, model, batches)
+        ends = []
+        for _ in range(2):
+            subject.turn()
+            ends.append([param.tolist() for param in subject.model.parameters()])
+        assert ends[0] == ends[1]
+
+
+def test_patience_ends_the_rounds(tmp_path, console, monkeypatch):
+    monkeypatch.setattr(bench, "PATIENCE", 0.0)
+    path = bench.cost(tmp_path, console, names=["logistic"], rounds=9)
+    assert {row["rounds"] for row in json.loads(path.read_text())["rows"]} == {bench.LEAST}
+
+
+def test_an_unknown_model_is_refused_before_anything_is_measured(tmp_path, console):
+    with pytest.raises(ValueError, match="unknown model 'mpl': choose from logistic, mlp, lenet"):
+        bench.cost(tmp_path, console, names=["resnet18", "mpl"], rounds=1)
+
+
+def test_an_optimizer_that_does_not_settle_down_is_refused(tmp_path, console, monkeypatch):
+    monkeypatch.setattr(bench, "SETTLING", 2)
+    monkeypatch.setattr(bench, "INTERVALS", {"lqa": 10})
+    with pytest.raises(ValueError, match="lqa did not settle down within 20 steps"):
+        bench.cost(tmp_path, console, names=["logistic"], rounds=1)
+
+
+def test_restore(tmp_path, console, monkeypatch):
+    monkeypatch.setattr(bench, "TRIPS", (1, 10))
+    path = bench.restore(tmp_path / "bench", console, rounds=1)
+    measured = json.loads(path.read_text())
+    assert {"machine", "versions", "revision"} < measured.keys()
+    rows = measured["rows"]
+    assert [(row["model"], row["dtype"], row["method"]) for row in rows] == [
+        (name, dtype, method)
+        for name in ("mlp", "lenet")
+        for dtype in ("float32", "bfloat16")
+        for method in bench.METHODS
+    ]
+    for row in rows:
+        assert 0.0 < row["ratio"] < math.inf
+        assert 0.0 < row["probes_ms"] < math.inf
+        if row["method"] == "snapshot":
+            assert row["memory"] == 1.0
+            assert row["drift_1"] == row["drift_10"] == 0.0
+        else:
+            assert row["memory"] == 0.0
+            assert row["ratio"] == 1.0
+            assert row["drift_10"] > 0.0
