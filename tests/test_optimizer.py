@@ -71,9 +71,7 @@ class TestTheRate:
         assert opt.report.slope == pytest.approx(float(direction @ direction), rel=1e-9)
 
     @settings(max_examples=50, deadline=None)
-    @given(
-        st.integers(0, 10**6), st.floats(0.6, 1.0), st.sampled_from(["sgd", "momentum", "adam"])
-    )
+    @given(st.integers(0, 10**6), st.floats(0.6, 1.0), st.sampled_from(["sgd", "momentum", "adam"]))
     def test_along_any_direction(self, seed, factor, name):
         """Within its clamp the first measured rate minimises the loss along the base's step."""
         problem = Quadratic.random(seed=seed)
