@@ -57,6 +57,15 @@ def unwatched(reason=Reason.MINIMUM):
     return Fixed()
 
 
+def about_to_measure(configuration):
+    """A task and its optimizer, with some state, before a step that measures."""
+    task = noisy_classification()
+    opt = configuration(task.model.parameters())
+    while not opt._counts or opt._wait:
+        opt.step(task.closure())
+    return task, opt
+
+
 class TestTheRate:
     @settings(max_examples=50, deadline=None)
     @given(st.integers(0, 10**6), st.floats(-2, 2))
@@ -308,11 +317,7 @@ class TestNoTrace:
     @pytest.mark.parametrize("failing", [1, 2, 3])
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
     def test_an_exception_undoes_the_step(self, configuration, failing, error):
-        task = noisy_classification()
-        opt = configuration(task.model.parameters())
-        # Brings every configuration to a step that measures, with state of its own.
-        while not opt._counts or opt._wait:
-            opt.step(task.closure())
+        task, opt = about_to_measure(configuration)
         before, random = values(task.model), torch.get_rng_state()
         calls = 0
 
@@ -334,10 +339,7 @@ class TestNoTrace:
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     @pytest.mark.parametrize("failing", [1, 2, 3])
     def test_a_non_finite_loss_undoes_the_step(self, configuration, failing, bad):
-        task = noisy_classification()
-        opt = configuration(task.model.parameters())
-        while not opt._counts or opt._wait:
-            opt.step(task.closure())
+        task, opt = about_to_measure(configuration)
         before, random = values(task.model), torch.get_rng_state()
         calls = 0
 
