@@ -208,9 +208,13 @@ class TestSafeguarded:
         assert search.parabola.curvature == pytest.approx(2.0)
         assert decision.rate == pytest.approx(0.75)
 
-    def test_a_contradicted_average_is_forgotten(self):
+    def test_an_outlier_is_averaged_and_many_in_a_row_are_believed(self):
         search, _ = fresh().decide(1.0, sample(Parabola(2.0, 1.0), 1.0))
-        search, _ = search.decide(0.01, sample(Parabola(2.0, 100.0), 0.01))
+        outlier = sample(Parabola(2e-6, 1e-4), 0.01)
+        for _ in range(9):
+            search, _ = search.decide(0.01, outlier)
+            assert search.parabola.minimiser == pytest.approx(1.0, rel=1e-3)
+        search, _ = search.decide(0.01, outlier)
         assert search.parabola.minimiser == pytest.approx(0.01)
 
 

@@ -106,10 +106,6 @@ class Parabola:
         """Whether the parabola has a minimum at a positive rate."""
         return self.slope > 0.0 and self.curvature > 0.0
 
-    def scaled(self, factor: float) -> Parabola:
-        """Multiplies both coefficients; the vertex stays."""
-        return Parabola(self.slope * factor, self.curvature * factor)
-
     def blend(self, other: Parabola, weight: float) -> Parabola:
         """Moves both coefficients towards another parabola's by a weight in [0, 1]."""
         return Parabola(
@@ -241,6 +237,7 @@ class Safeguarded:
         parabola: the running parabola, per unit of rate.
         level: the running mean of the absolute loss, the scale of what is a large change.
         reach: the least distance of the probes at which the losses differ by more than rounding.
+        strikes: how many fits in a row contradicted the running parabola.
         ledger: what is known of kept promises; None takes every vertex at its word, for iterates
             that are averaged.
     """
@@ -250,6 +247,7 @@ class Safeguarded:
     parabola: Parabola = Parabola(0.0, 0.0)
     level: float = 0.0
     reach: float = 0.0
+    strikes: int = 0
     ledger: Ledger | None = None
 
     SHRINK = 0.1
@@ -258,8 +256,8 @@ class Safeguarded:
     """However slowly it grows, the rate stays within this factor of the minimiser."""
     CREDIT = 0.02
     """The part of the growth that is allowed while promises are not believed."""
-    CONTRADICTION = 10.0
-    """The factor between two vertices at which they contradict each other."""
+    STRIKES = 10
+    """Fits in a row, with vertices off by more than a factor of ten, that end an average."""
     SIGNAL = 1e3
     """Probes go out to where the curvature shows this many times above rounding."""
 
@@ -294,7 +292,7 @@ class Safeguarded:
         if bend <= points.rounding:
             return self._beyond_rounding(rate, points)
 
-        parabola = self._average(fit)
+        parabola, strikes = self._average(fit)
         reach = points.radius * math.sqrt(self.SIGNAL * points.rounding / bend)
         level = self._level(abs(points.centre))
         ledger, share, growth = self.ledger, 1.0, self.growth
@@ -306,7 +304,9 @@ class Safeguarded:
             share = ledger.share
             if not ledger.believed:
                 growth = 1.0 + self.CREDIT * (growth - 1.0)
-        tracked = replace(self, parabola=parabola, level=level, reach=reach, ledger=ledger)
+        tracked = replace(
+            self, parabola=parabola, level=level, reach=reach, strikes=strikes, ledger=ledger
+        )
         limit = _clamp(rate * growth)
         if parabola.slope <= 0.0:
             return tracked, Decision(_clamp(rate / self.growth), 0.0, Reason.ASCENT)
@@ -346,21 +346,21 @@ class Safeguarded:
             Decision(rate, rate, Reason.NOISE),
         )
 
-    def _average(self, fit: Parabola) -> Parabola:
-        """Averages a fit into the running parabola, unless the two contradict.
+    def _average(self, fit: Parabola) -> tuple[Parabola, int]:
+        """Averages a fit into the running parabola, or lets a fit replace it.
 
-        A vertex far nearer than the running one is believed at once. One far beyond it may be an
-        outlier, or the running one the remains of a fault: the running parabola, scaled down to the
-        size of the fit, takes it half, which about doubles the vertex.
+        A single fit that contradicts the running parabola may be an outlier, or a batch with hardly
+        a loss; many in a row mean that the running one is the remains of a fault.
         """
-        past, weight = self.parabola, 1.0 - self.smoothing
-        if not fit.descends:
-            return past.blend(fit, weight)
-        if not past.descends or fit.minimiser * self.CONTRADICTION < past.minimiser:
-            return fit
-        if past.minimiser * self.CONTRADICTION < fit.minimiser:
-            return past.scaled(min(1.0, fit.slope / past.slope)).blend(fit, 0.5)
-        return past.blend(fit, weight)
+        past, strikes = self.parabola, 0
+        if fit.descends:
+            if not past.descends:
+                return fit, 0
+            near, far = sorted((past.minimiser, fit.minimiser))
+            strikes = self.strikes + 1 if far > 10.0 * near else 0
+            if strikes == self.STRIKES:
+                return fit, 0
+        return past.blend(fit, 1.0 - self.smoothing), strikes
 
     def _level(self, loss: float) -> float:
         """Averages the loss; a single huge one counts for no more than ten times the mean."""

@@ -126,6 +126,7 @@ def cost(
     """
     for name in names:
         check_name("model", name, WORKLOADS)
+    path = out / "cost.json"
     rows: list[Row] = []
     memory: list[Row] = []
     for name in names:
@@ -145,9 +146,11 @@ def cost(
             for optimizer in ("adamw", "lqa-auto")
             for row in _memory(optimizer, model)
         ]
+        # After each model, so that an interruption loses no more than one.
+        _write({"rows": rows, "memory": memory}, path, device)
     console.print(_table("Time a step, as a ratio to the base optimizer's own", rows))
     console.print(_table("Memory beyond parameters and gradients, in copies of either", memory))
-    return _write({"rows": rows, "memory": memory}, out / "cost.json", device)
+    return path
 
 
 class _Subject:
@@ -335,7 +338,9 @@ def restore(out: Path, console: Console, *, rounds: int) -> Path:
         for row in _returns(name, dtype, rounds, console)
     ]
     console.print(_table(title, rows, hidden=("low", "high", "rounds", "probes_ms")))
-    return _write({"rows": rows}, out / "restore.json", "cpu")
+    path = out / "restore.json"
+    _write({"rows": rows}, path, "cpu")
+    return path
 
 
 def _returns(name: str, dtype: torch.dtype, rounds: int, console: Console) -> list[Row]:
@@ -454,7 +459,6 @@ def _table(title: str, rows: Sequence[Row], hidden: Collection[str] = ()) -> Tab
     return table
 
 
-def _write(measured: Row, path: Path, device: str) -> Path:
+def _write(measured: Row, path: Path, device: str) -> None:
     surroundings = environment(threads=torch.get_num_threads(), device=device)
     write_json(surroundings | {"batch_size": BATCH} | measured, path)
-    return path
