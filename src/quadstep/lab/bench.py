@@ -127,6 +127,7 @@ def cost(
     for name in names:
         check_name("model", name, WORKLOADS)
     path = out / "cost.json"
+    surroundings = _surroundings(device)
     rows: list[Row] = []
     memory: list[Row] = []
     for name in names:
@@ -147,7 +148,7 @@ def cost(
             for row in _memory(optimizer, model)
         ]
         # After each model, so that an interruption loses no more than one.
-        _write({"rows": rows, "memory": memory}, path, device)
+        write_json(surroundings | {"rows": rows, "memory": memory}, path)
     console.print(_table("Time a step, as a ratio to the base optimizer's own", rows))
     console.print(_table("Memory beyond parameters and gradients, in copies of either", memory))
     return path
@@ -330,6 +331,8 @@ def restore(out: Path, console: Console, *, rounds: int) -> Path:
     Raises:
         OSError: The file cannot be written.
     """
+    path = out / "restore.json"
+    surroundings = _surroundings("cpu")
     title = "Returning from probes, as a ratio to doing so by subtraction"
     rows = [
         {"model": name, "dtype": str(dtype).removeprefix("torch.")} | row
@@ -338,8 +341,7 @@ def restore(out: Path, console: Console, *, rounds: int) -> Path:
         for row in _returns(name, dtype, rounds, console)
     ]
     console.print(_table(title, rows, hidden=("low", "high", "rounds", "probes_ms")))
-    path = out / "restore.json"
-    _write({"rows": rows}, path, "cpu")
+    write_json(surroundings | {"rows": rows}, path)
     return path
 
 
@@ -459,6 +461,6 @@ def _table(title: str, rows: Sequence[Row], hidden: Collection[str] = ()) -> Tab
     return table
 
 
-def _write(measured: Row, path: Path, device: str) -> None:
-    surroundings = environment(threads=torch.get_num_threads(), device=device)
-    write_json(surroundings | {"batch_size": BATCH} | measured, path)
+def _surroundings(device: str) -> Row:
+    """Describes what is about to run; its source may change before the end."""
+    return environment(threads=torch.get_num_threads(), device=device) | {"batch_size": BATCH}
