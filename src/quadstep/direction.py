@@ -74,7 +74,9 @@ class NormalisedGradient:
             torch._foreach_addcmul_(squares, block.direction, block.direction, weights)
             roots = torch._foreach_sqrt(squares)
             torch._foreach_add_(roots, self.eps)
-            block.direction = list(torch._foreach_div(block.direction, roots))
+            torch._foreach_reciprocal_(roots)
+            torch._foreach_mul_(roots, block.direction)
+            block.direction = list(roots)
         return Line(blocks)
 
 
@@ -134,9 +136,10 @@ def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block
             )
         lr = float(group["lr"])
         unit = rate / lr if lr != 0.0 else math.inf
-        blocks.append(Block(owners, _real(owners), _real(grads), unit if rate else 1.0))
+        blocks.append(Block(owners, real(owners), real(grads), unit if rate else 1.0))
     return blocks
 
 
-def _real(tensors: list[Tensor]) -> list[Tensor]:
+def real(tensors: list[Tensor]) -> list[Tensor]:
+    """Views complex tensors as real ones with a last dimension of two."""
     return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
