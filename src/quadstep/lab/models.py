@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from quadstep.lab.settings import CLASSES, SHAPES, TASKS, check_task
 
@@ -14,7 +16,9 @@ Shape = tuple[int, int, int]
 def build(task: str) -> nn.Module:
     """Builds the model of a task with fresh weights from torch's random state."""
     check_task(task)
-    return MODELS[TASKS[task].model](SHAPES[TASKS[task].data])
+    model = MODELS[TASKS[task].model](SHAPES[TASKS[task].data])
+    # Together with images of the same layout, saves a quarter of the time of a convolution.
+    return convert_conv2d_weight_memory_format(model, torch.channels_last)
 
 
 def logistic(shape: Shape) -> nn.Module:
