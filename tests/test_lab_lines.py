@@ -133,7 +133,7 @@ def test_the_search_sees_what_the_step_sees_and_leaves_no_trace(name: str) -> No
 
     def states(searching: bool) -> Iterator[list[Tensor]]:
         task = noisy_classification()
-        optimizer: Any = optimizers.build(name, task.model.parameters())
+        optimizer: Any = optimizers.build(name, task.model)
         for step in range(25):
             picked = torch.arange(step * 32, (step + 1) * 32) % len(task.inputs)
 

@@ -104,7 +104,7 @@ def test_there_are_18_competitors_and_3_configurations() -> None:
 
 @pytest.mark.parametrize("name", settings())
 def test_settings_are_what_their_names_say(name: str) -> None:
-    optimizer = optimizers.build(name, models.build("mlp-digits").parameters())
+    optimizer = optimizers.build(name, models.build("mlp-digits"))
     group = optimizer.param_groups[0]
     if name in COMPETITORS:
         row = COMPETITORS[name]
@@ -117,6 +117,6 @@ def test_settings_are_what_their_names_say(name: str) -> None:
 
 
 def test_an_unknown_optimizer_is_refused_with_the_known_ones() -> None:
-    parameters = models.build("mlp-digits").parameters()
+    model = models.build("mlp-digits")
     with pytest.raises(ValueError, match=r"unknown optimizer 'sgd': choose from sgd-0\.1, .*lqa"):
-        optimizers.build("sgd", parameters)
+        optimizers.build("sgd", model)

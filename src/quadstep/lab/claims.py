@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from quadstep.lab.curves import FIGURES, describe, title
-from quadstep.lab.records import Record, RecordError, replacing, write_json
+from quadstep.lab.records import Record, RecordError, markdown_table, replacing, write_json
 from quadstep.lab.rules import (
     EVERY,
     LAST_QUARTER,
@@ -284,7 +284,7 @@ def _page(evidence: Evidence, verdicts: Verdicts) -> str:
         "Zhu et al. (2020) is decided by a rule that was fixed before the runs, once for each "
         "configuration of LQA; claims on the competitors alone are decided once.",
         "",
-        *_table(["configuration", "holds", "fails", "not run"], _totals(verdicts)),
+        *markdown_table(["configuration", "holds", "fails", "not run"], _totals(verdicts)),
     ]
     for section, heading in _SECTIONS.items():
         rows = [verdict for verdict in verdicts if verdict[0].id.startswith(section)]
@@ -294,7 +294,7 @@ def _page(evidence: Evidence, verdicts: Verdicts) -> str:
             curves = evidence.curves(task)
             recorded = f"Recorded: {describe(curves)}" if curves else "Nothing is recorded yet"
             lines += [f"{recorded}. The paper: {TASKS[task].epochs} epochs.", ""]
-        lines += _table(
+        lines += markdown_table(
             ["claim", "the paper", "competitors", *CONFIGURATIONS],
             [[claim.id, claim.text, *_cells(claim, results)] for claim, results in rows],
         )
@@ -325,10 +325,6 @@ def _cells(claim: Claim, results: Mapping[str, Result]) -> list[str]:
     if claim.rule.competitors:
         return [cell(results[CONFIGURATIONS[0]]), *[""] * len(CONFIGURATIONS)]
     return ["", *(cell(results[name]) for name in CONFIGURATIONS)]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 _SECTIONS = {

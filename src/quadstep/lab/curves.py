@@ -2,14 +2,14 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from quadstep.lab.records import Epoch, Record
-from quadstep.lab.settings import COMPETITORS, FAMILIES, TASKS
+from quadstep.lab.settings import FAMILIES, HAND_TUNED, TASKS, DataName
 
 _MODELS = {
     "logistic": "Logistic regression",
@@ -17,8 +17,24 @@ _MODELS = {
     "lenet": "LeNet-5",
     "resnet18": "ResNet-18",
     "small-mlp": "Small multilayer perceptron",
+    "resnet8": "ResNet-8",
+    "transformer": "Transformer",
+    "gru": "Recurrent network (GRU)",
+    "autoencoder": "Autoencoder",
+    "regressor": "Small regression perceptron",
+    "classifier": "Small perceptron",
 }
-_DATA = {"mnist": "MNIST", "cifar10": "CIFAR-10", "digits": "scikit-learn's digits"}
+_DATA: dict[DataName, str] = {
+    "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
+    "digits": "scikit-learn's digits",
+    "digits-unscaled": "scikit-learn's digits, pixels from 0 to 255",
+    "digits-noisy": "scikit-learn's digits, a fifth of the training labels wrong",
+    "digits-pixels": "scikit-learn's digits",
+    "text": "the sources of Python's standard library",
+    "diabetes": "diabetes",
+    "breast-cancer": "breast cancer",
+}
 
 FIGURES = {task.figure: name for name, task in TASKS.items() if task.figure is not None}
 """The task that each figure of the paper shows."""
@@ -36,9 +52,16 @@ class Curve:
     @property
     def losses(self) -> Array:
         """Training losses, a row a seed and a column an epoch from 0: inf once a run diverged."""
+        return self._losses(lambda epoch: epoch.train_loss)
 
+    @property
+    def held_out(self) -> Array:
+        """Losses over the test set, in the same form."""
+        return self._losses(lambda epoch: epoch.test_loss)
+
+    def _losses(self, loss: Callable[[Epoch], float]) -> Array:
         def row(run: Record) -> list[float]:
-            losses = [epoch.train_loss for epoch in run.epochs]
+            losses = [loss(epoch) for epoch in run.epochs]
             if run.status != "diverged":
                 return losses
             # A run that the records end at epoch k was given up there: k and all that would follow.
@@ -108,16 +131,22 @@ def describe(curves: Mapping[str, Curve]) -> str:
 
 def title(task: str) -> str:
     """Writes what a task trains on what: `LeNet-5 on MNIST`."""
-    return f"{_MODELS[TASKS[task].model]} on {_DATA[TASKS[task].data]}"
+    row = TASKS[task]
+    words = f"{_MODELS[row.model]} on {_DATA[row.data]}"
+    if row.weight_scale != 1.0:
+        words += f", first weights times {row.weight_scale:g}"
+    if row.loss_scale != 1.0:
+        words += f", loss times {row.loss_scale:g}"
+    return words
 
 
 def display(optimizer: str) -> str:
     """Writes an optimizer's name as the paper does, with its rate: `SGD-M 0.01`."""
     if optimizer in FAMILIES:
         return FAMILIES[optimizer]
-    if optimizer in COMPETITORS:
-        competitor = COMPETITORS[optimizer]
-        return f"{FAMILIES[competitor.family]} {competitor.rate}"
+    if optimizer in HAND_TUNED:
+        competitor = HAND_TUNED[optimizer]
+        return f"{FAMILIES.get(competitor.family, 'AdamW')} {competitor.rate}"
     return optimizer
 
 

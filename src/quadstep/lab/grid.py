@@ -1,5 +1,6 @@
 """Grids of runs: which ones a figure needs, which are missing, and training those side by side."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,7 @@ from rich.progress import (
 
 from quadstep.lab import data, records
 from quadstep.lab.records import Config, Epoch, Record
-from quadstep.lab.settings import TASKS, DataName, check_optimizer, settings
+from quadstep.lab.settings import TASKS, check_name, settings
 from quadstep.lab.train import run
 
 Reports: TypeAlias = "SimpleQueue[tuple[Config, int]]"
@@ -53,7 +54,7 @@ def configs(
     if figure not in tasks:
         raise ValueError(f"unknown figure {figure}: choose from {', '.join(map(str, tasks))}")
     for name in optimizers or ():
-        check_optimizer(name)
+        check_name("optimizer", name, settings())
     if isinstance(seeds, int) and seeds < 1:
         raise ValueError(f"seeds must be at least 1: got {seeds}")
     task = tasks[figure]
@@ -104,11 +105,8 @@ def execute(
     if not todo:
         return 0
     # Here first, where an error stops everything at once; the workers find it decoded.
-    needs: set[tuple[DataName, int | None]] = {
-        (TASKS[config.task].data, config.subset) for config in todo
-    }
-    for name, subset in needs:
-        data.load(name, data_root, subset)
+    for config in {(config.task, config.subset): config for config in todo}.values():
+        data.load_for(config, data_root)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -165,8 +163,10 @@ class _Board:
             last = future.result().epochs[-1]
             outcome = (
                 f"{future.result().status} at epoch {last.epoch}, "
-                f"training loss {last.train_loss:.4g}, test accuracy {last.test_accuracy:.2%}"
+                f"training loss {last.train_loss:.4g}, test loss {last.test_loss:.4g}"
             )
+            if not math.isnan(last.test_accuracy):
+                outcome += f", test accuracy {last.test_accuracy:.2%}"
         else:
             outcome = f"failed: {type(error).__name__}: {error}"
             if not isinstance(error, (OSError, ValueError)):

@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torch.nn import functional
 
 from quadstep import LQA
 from quadstep.lab import data as data_sets
 from quadstep.lab import records
 from quadstep.lab.records import Config, Epoch, RecordError
-from quadstep.lab.settings import TASKS, check_configuration, check_task
+from quadstep.lab.settings import check_configuration, check_task
 from quadstep.lab.train import Trial
 from quadstep.line import Line, Surroundings
 from quadstep.parabola import Decision
@@ -158,7 +157,7 @@ def run(
     if path.exists():
         _check_same(path, config, steps)
         return path
-    data = data_sets.load(TASKS[config.task].data, data_root, config.subset).to(device)
+    data = data_sets.load_for(config, data_root).to(device)
     total = config.epochs * math.ceil(len(data.train_labels) / config.batch_size)
     if not 1 <= steps <= total:
         raise ValueError(f"steps must be between 1 and {total}, all that the run has: got {steps}")
@@ -209,7 +208,7 @@ class _Searched(Trial):
             self.found[self.steps] = search(
                 self.model,
                 self.optimizer,
-                lambda model: functional.cross_entropy(model(inputs), labels),
+                lambda model: self.loss(model(inputs), labels),
             )
         self.steps += 1
         return super()._step(inputs, labels)

@@ -1,46 +1,76 @@
-"""The paper's models, in their original sizes."""
+"""The paper's models, in their original sizes, and the small ones of the suite."""
 
+import math
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from quadstep.lab.settings import CLASSES, SHAPES, TASKS, check_task
+from quadstep.lab.settings import CHARACTERS, CLASSES, CONTEXT, SHAPES, TASKS, check_task
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 
 def build(task: str) -> nn.Module:
     """Builds the model of a task with fresh weights from torch's random state."""
     check_task(task)
-    model = MODELS[TASKS[task].model](SHAPES[TASKS[task].data])
+    row = TASKS[task]
+    model = MODELS[row.model](SHAPES[row.data])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(row.weight_scale)
     # Together with images of the same layout, saves a quarter of the time of a convolution.
     return convert_conv2d_weight_memory_format(model, torch.channels_last)
 
 
 def logistic(shape: Shape) -> nn.Module:
     """Builds multinomial logistic regression, started at zero as in the paper."""
-    channels, height, width = shape
-    linear = nn.Linear(channels * height * width, CLASSES)
+    linear = nn.Linear(math.prod(shape), CLASSES)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.Flatten(), linear)
 
 
-def mlp(shape: Shape, *, width: int) -> nn.Module:
+def mlp(shape: Shape, *, width: int, outputs: int = CLASSES) -> nn.Module:
     """Builds a perceptron with two hidden layers."""
-    channels, height, breadth = shape
+    return nn.Sequential(nn.Flatten(), *_layers(math.prod(shape), width, width, outputs))
+
+
+def autoencoder(shape: Shape) -> nn.Module:
+    """Builds a perceptron that returns its inputs by way of 32 numbers."""
+    size = math.prod(shape)
     return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(channels * height * breadth, width),
-        nn.ReLU(),
-        nn.Linear(width, width),
-        nn.ReLU(),
-        nn.Linear(width, CLASSES),
+        nn.Flatten(), *_layers(size, 128, 32, 128, size), nn.Unflatten(1, torch.Size(shape))
     )
+
+
+def _layers(*widths: int) -> list[nn.Module]:
+    """Builds linear layers with rectifiers between them."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return layers[:-1]
+
+
+def gru(shape: Shape) -> nn.Module:
+    """Builds a recurrent network that reads a grey image row by row and then names its class."""
+    _, _, width = shape
+    return _Recurrent(width, 64)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.body = nn.GRU(inputs, width, batch_first=True)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        states, _ = self.body(images.squeeze(1))
+        return self.head(states[:, -1])
 
 
 def lenet(shape: Shape) -> nn.Module:
@@ -64,13 +94,23 @@ def lenet(shape: Shape) -> nn.Module:
 
 def resnet18(shape: Shape) -> nn.Module:
     """Builds ResNet-18 for small images: a 3x3 stem, and no pooling after it."""
+    return _resnet(shape, widths=(64, 128, 256, 512), blocks=2)
+
+
+def resnet8(shape: Shape) -> nn.Module:
+    """Builds ResNet-8: three narrow stages of a single block."""
+    return _resnet(shape, widths=(16, 32, 64), blocks=1)
+
+
+def _resnet(shape: Shape, *, widths: tuple[int, ...], blocks: int) -> nn.Module:
     channels, _, _ = shape
-    layers: list[nn.Module] = [_convolution(channels, 64, 3, 1), nn.ReLU()]
-    width = 64
-    for stage in range(4):
-        for stride in (1 if stage == 0 else 2, 1):
-            layers.append(_Residual(width, 64 << stage, stride))
-            width = 64 << stage
+    width = widths[0]
+    layers: list[nn.Module] = [_convolution(channels, width, 3, 1), nn.ReLU()]
+    for stage, outputs in enumerate(widths):
+        for block in range(blocks):
+            stride = 2 if stage > 0 and block == 0 else 1
+            layers.append(_Residual(width, outputs, stride))
+            width = outputs
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)]
     return nn.Sequential(*layers)
 
@@ -99,25 +139,19 @@ def _convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Module
     )
 
 
-CHARACTERS = 96
-"""How many characters the transformer knows."""
-
-CONTEXT = 64
-"""How many of them it reads at a time."""
-
-
-def transformer() -> nn.Module:
+def transformer(shape: Shape = (CONTEXT,)) -> nn.Module:
     """Builds a small transformer that predicts each next character from those before it."""
-    return _Transformer(width=128, heads=4, layers=3)
+    (context,) = shape
+    return _Transformer(context, width=128, heads=4, layers=3)
 
 
 class _Transformer(nn.Module):
     """Reads (example, place) and returns (example, character, place), as cross-entropy has it."""
 
-    def __init__(self, width: int, heads: int, layers: int) -> None:
+    def __init__(self, context: int, width: int, heads: int, layers: int) -> None:
         super().__init__()
         self.characters = nn.Embedding(CHARACTERS, width)
-        self.places = nn.Embedding(CONTEXT, width)
+        self.places = nn.Embedding(context, width)
         self.body = nn.Sequential(
             *(_Attention(width, heads) for _ in range(layers)),
             nn.LayerNorm(width),
@@ -155,4 +189,10 @@ MODELS: dict[str, Callable[[Shape], nn.Module]] = {
     "small-mlp": partial(mlp, width=100),
     "lenet": lenet,
     "resnet18": resnet18,
+    "resnet8": resnet8,
+    "transformer": transformer,
+    "gru": gru,
+    "autoencoder": autoencoder,
+    "regressor": partial(mlp, width=64, outputs=1),
+    "classifier": partial(mlp, width=64, outputs=2),
 }

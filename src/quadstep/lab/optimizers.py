@@ -1,13 +1,16 @@
-"""The optimizers of the comparison: the paper's competitors and the configurations of LQA."""
+"""The optimizers of the comparisons: competitors, the configurations of LQA, and peers."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, Optimizer, RMSprop
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from quadstep import LQA
-from quadstep.lab.settings import COMPETITORS, check_optimizer
+from quadstep.lab import peers
+from quadstep.lab.peers import Loss, Peer
+from quadstep.lab.settings import HAND_TUNED, PEERS, check_optimizer
 
 # What the paper leaves open is torch's default.
 _FAMILIES: dict[str, Callable[..., Optimizer]] = {
@@ -17,17 +20,24 @@ _FAMILIES: dict[str, Callable[..., Optimizer]] = {
     "adagrad": Adagrad,
     "rmsprop": RMSprop,
     "adam": Adam,
+    "adamw": AdamW,
 }
 
 BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
-    **{name: partial(_FAMILIES[row.family], lr=row.rate) for name, row in COMPETITORS.items()},
+    **{name: partial(_FAMILIES[row.family], lr=row.rate) for name, row in HAND_TUNED.items()},
     "lqa-paper": LQA.paper,
     "lqa": partial(LQA, direction="sgd", averaging=None),
     "lqa-auto": LQA,
 }
 
 
-def build(name: str, params: Iterable[Tensor]) -> Optimizer:
-    """Builds the optimizer of a setting for `params`."""
+def build(name: str, model: nn.Module, loss: Loss = functional.cross_entropy) -> Optimizer | Peer:
+    """Builds the optimizer of a setting for a model that is trained to lower a loss.
+
+    Raises:
+        ValueError: The name is unknown, or it is that of a peer whose package is not installed.
+    """
     check_optimizer(name)
-    return BUILDERS[name](params)
+    if name in PEERS:
+        return peers.build(name, model, loss)
+    return BUILDERS[name](model.parameters())

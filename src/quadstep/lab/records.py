@@ -10,12 +10,14 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast, get_args
+
+from quadstep.lab.settings import PEERS
 
 FORMAT = 1
 
@@ -32,7 +34,7 @@ class Config:
 
     Attributes:
         task: A name of `quadstep.lab.settings.TASKS`.
-        optimizer: A name of `quadstep.lab.settings.settings`.
+        optimizer: A name of `quadstep.lab.settings.settings` or `suite_settings`.
         seed: Determines the first weights and the order of the batches, for all optimizers alike.
         epochs: Passes over the training set.
         batch_size: Examples a step.
@@ -75,11 +77,12 @@ class Epoch:
         epoch: How many epochs have been trained.
         train_loss: Loss over the whole training set.
         test_loss: Loss over the test set.
-        test_accuracy: Share of the test set classified rightly.
+        test_accuracy: Share of the test set classified rightly; nan where nothing is classified.
         seconds: Time spent training so far, evaluation excluded.
         forwards: Forward passes so far.
         backwards: Backward passes so far.
-        rate: The rates of this epoch's steps: min, q10, median, q90 and max; `None` at epoch 0.
+        rate: The rates of this epoch's steps: min, q10, median, q90 and max, nan for an optimizer
+            that shows none; `None` at epoch 0.
         reasons: How many of this epoch's steps ended for each reason; empty where none is given.
     """
 
@@ -115,12 +118,11 @@ class Record:
 
 def header(config: Config, *, threads: int, device: str) -> dict[str, Any]:
     """Describes a run about to start: its configuration, source revision, versions and machine."""
-    return {
-        "kind": "header",
-        "format": FORMAT,
-        "config": asdict(config),
-        **environment(threads=threads, device=device),
-    }
+    surroundings = environment(threads=threads, device=device)
+    if config.optimizer in PEERS:
+        peer = PEERS[config.optimizer]
+        surroundings["versions"][peer] = _version(peer)
+    return {"kind": "header", "format": FORMAT, "config": asdict(config), **surroundings}
 
 
 def resumed(header: dict[str, Any], now: dict[str, Any], epoch: int) -> dict[str, Any]:
@@ -152,6 +154,21 @@ def environment(*, threads: int, device: str) -> dict[str, Any]:
             "device": device,
         },
     }
+
+
+def check_installed(optimizers: Iterable[str]) -> None:
+    """Raises a `ValueError` that says what to install unless the packages of all peers are there.
+
+    Args:
+        optimizers: Names of settings; all but peers come with what is installed anyway.
+    """
+    missing = {name: PEERS[name] for name in optimizers if name in PEERS}
+    missing = {name: package for name, package in missing.items() if _version(package) is None}
+    if missing:
+        raise ValueError(
+            f"{', '.join(sorted(set(missing.values())))} not installed: run pip install "
+            f'"quadstep[peers]", or leave out {", ".join(sorted(missing))}'
+        )
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -255,6 +272,11 @@ def write_json(value: Any, path: Path) -> None:
         file.write((json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lays out a table in Markdown, a line a row."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
 @contextmanager
 def replacing(path: Path) -> Generator[BinaryIO]:
     """Opens a file to be written whole or not at all: what lay at `path` stays until then."""
@@ -310,7 +332,7 @@ def _parse_epoch(row: dict[str, Any], expected: int) -> Epoch:
         epoch=expected,
         train_loss=_number(row["train_loss"]),
         test_loss=_number(row["test_loss"]),
-        test_accuracy=float(row["test_accuracy"]),
+        test_accuracy=_number(row["test_accuracy"]),
         seconds=float(row["seconds"]),
         forwards=int(row["forwards"]),
         backwards=int(row["backwards"]),

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,9 @@ from quadstep import LQA
 from quadstep.lab import data as data_sets
 from quadstep.lab import models, optimizers, records
 from quadstep.lab.data import Data, batches
+from quadstep.lab.peers import Loss, Peer
 from quadstep.lab.records import Config, Epoch, Outcome, Record
-from quadstep.lab.settings import TASKS, check_optimizer, check_task
+from quadstep.lab.settings import TASKS, LossName, check_optimizer, check_task
 
 EVALUATION_BATCH = 100
 """Few enough for the activations of a convolution to stay in the processor's cache."""
@@ -32,6 +33,11 @@ DIVERGED_RATIO = 10.0
 """A run whose training loss is so many times the first one for `DIVERGED_EPOCHS` has diverged."""
 
 DIVERGED_EPOCHS = 3
+
+LOSSES: dict[LossName, Callable[..., Tensor]] = {
+    "cross-entropy": functional.cross_entropy,
+    "squared error": functional.mse_loss,
+}
 
 QUANTILES = {"min": 0.0, "q10": 0.1, "median": 0.5, "q90": 0.9, "max": 1.0}
 
@@ -58,7 +64,8 @@ def run(
         on_epoch: Called with the last epoch known at the start, then with every new one.
 
     Raises:
-        ValueError: The task or the optimizer is unknown, or the data set or record is unusable.
+        ValueError: The task or the optimizer is unknown, its package is not installed, or the data
+            set or record is unusable.
         OSError: A file cannot be written; what was written before is kept.
     """
     check_task(config.task)
@@ -68,10 +75,11 @@ def run(
     if kept is not None and kept.satisfies(config.epochs):
         checkpoint.unlink(missing_ok=True)
         return kept
-    data = data_sets.load(TASKS[config.task].data, data_root, config.subset).to(device)
+    data = data_sets.load_for(config, data_root).to(device)
     trial = _resume(checkpoint, config, device)
     if trial is None:
         trial = Trial(config, device)
+        trial.header["data"] = data.digest()
         trial.evaluate(data)
     while True:
         record = trial.record()
@@ -94,12 +102,22 @@ def shuffle(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=generator)
 
 
-def step(optimizer: Optimizer, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+_OTHER_ORDER = 1 << 15
+"""Added to a seed, gives the independent order of an epoch's batches that a peer may ask for."""
+
+
+def step(
+    optimizer: Optimizer | Peer,
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    criterion: Loss = functional.cross_entropy,
+) -> Tensor:
     """Takes a step on a batch and returns the loss before it, detached."""
 
     def closure() -> Tensor:
-        loss = functional.cross_entropy(model(inputs), labels)
-        if not isinstance(optimizer, LQA):
+        loss = criterion(model(inputs), labels)
+        if not isinstance(optimizer, (LQA, Peer)):
             optimizer.zero_grad()
             loss.backward()
         return loss
@@ -117,7 +135,7 @@ class Trial:
         self.config = config
         self.device = device
         self.model = models.build(config.task).to(device)
-        self.optimizer = optimizers.build(config.optimizer, self.model.parameters())
+        self.optimizer = optimizers.build(config.optimizer, self.model, self.loss)
         self.header = records.header(config, threads=torch.get_num_threads(), device=device)
         self.epochs: list[Epoch] = []
         self.seconds = 0.0
@@ -126,25 +144,29 @@ class Trial:
         self.lost = False
         """Whether no batch of the last epoch had a finite loss."""
 
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The loss that is trained: the mean, times the scale that the task gives it."""
+        task = TASKS[self.config.task]
+        return task.loss_scale * LOSSES[task.loss](outputs, labels)
+
     def train(self, data: Data) -> None:
         """Trains for an epoch and evaluates."""
-        order = shuffle(len(data.train_labels), self.config.seed, len(self.epochs))
+        if isinstance(self.optimizer, Peer):
+            self.optimizer.begin(self._batches(data, self.config.seed + _OTHER_ORDER))
         losses: list[Tensor] = []
         rates: list[float] = []
         reasons: Counter[str] = Counter()
         started = time.perf_counter()
-        for inputs, labels in batches(
-            data.train_inputs, data.train_labels, self.config.batch_size, order.to(self.device)
-        ):
+        for inputs, labels in self._batches(data, self.config.seed):
             losses.append(self._step(inputs, labels))
-            rates.append(self.optimizer.param_groups[0]["lr"])
+            rates.append(self.optimizer.param_groups[0].get("lr", math.nan))
             if isinstance(self.optimizer, LQA):
                 report = self.optimizer.report
                 reasons[report.reason.value] += 1
                 self.forwards += report.forwards
                 self.backwards += report.backwards
             else:
-                self.forwards += 1
+                self.forwards += self.optimizer.forwards if isinstance(self.optimizer, Peer) else 1
                 self.backwards += 1
         # The device is waited for here alone, within the time measured.
         self.lost = not torch.stack(losses).isfinite().any().item()
@@ -154,8 +176,12 @@ class Trial:
         rate = {name: float(value) for name, value in zip(QUANTILES, quantiles, strict=True)}
         self.evaluate(data, rate, reasons)
 
+    def _batches(self, data: Data, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = shuffle(len(data.train_labels), seed, len(self.epochs)).to(self.device)
+        return batches(data.train_inputs, data.train_labels, self.config.batch_size, order)
+
     def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        return step(self.optimizer, self.model, inputs, labels)
+        return step(self.optimizer, self.model, inputs, labels, self.loss)
 
     def evaluate(
         self,
@@ -164,13 +190,13 @@ class Trial:
         reasons: Mapping[str, int] | None = None,
     ) -> None:
         """Adds the state after an epoch, which saw these rates and reasons."""
-        if isinstance(self.optimizer, LQA):
+        if isinstance(self.optimizer, (LQA, Peer)):
             self.optimizer.eval()
         self.model.eval()
         train_loss, _ = self._measure(data.train_inputs, data.train_labels)
         test_loss, test_accuracy = self._measure(data.test_inputs, data.test_labels)
         self.model.train()
-        if isinstance(self.optimizer, LQA):
+        if isinstance(self.optimizer, (LQA, Peer)):
             self.optimizer.train()
         self.epochs.append(
             Epoch(
@@ -188,13 +214,15 @@ class Trial:
 
     @torch.no_grad()
     def _measure(self, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Returns the mean loss, without scale, and the accuracy, nan if nothing is classified."""
+        name = TASKS[self.config.task].loss
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
-        for pixels, truth in batches(inputs, labels, EVALUATION_BATCH):
-            output = self.model(pixels)
-            loss += functional.cross_entropy(output, truth, reduction="sum")
-            right += (output.argmax(1) == truth).sum()
-        return loss.item() / len(labels), right.item() / len(labels)
+        right = torch.zeros((), dtype=torch.float64, device=self.device)
+        for some, truth in batches(inputs, labels, EVALUATION_BATCH):
+            output = self.model(some)
+            loss += LOSSES[name](output, truth, reduction="sum")
+            right += (output.argmax(1) == truth).sum() if name == "cross-entropy" else math.nan
+        return loss.item() / labels.numel(), right.item() / labels.numel()
 
     def record(self) -> Record:
         """Describes the run as far as it came."""
