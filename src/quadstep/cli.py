@@ -4,10 +4,10 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 # Commands import the rest themselves: not all need torch, which takes long.
-from quadstep.lab.records import Config, Record, RecordError, read_all
+from quadstep.lab.records import Config, Record, RecordError, check_installed, read_all
 from quadstep.lab.settings import CONFIGURATIONS, TASKS, check_configuration, check_task
 
 _INSTALL = 'is not installed: run pip install "quadstep[lab]"'
@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-bench = typer.Typer(help="Measures what the library itself costs.", no_args_is_help=True)
+bench = typer.Typer(help="Measures what the library costs and gives.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 Figure = Literal["1", "2", "3", "4", "5", "all"]
@@ -102,16 +102,7 @@ def reproduce(
                 optimizers=names,
             )
         ]
-    try:
-        with _wrong_use():
-            failures = grid.execute(
-                wanted, workers=workers, data_root=data, out=out / "records", device=device
-            )
-    except KeyboardInterrupt as interrupt:
-        print("Interrupted. The same command goes on from here.", file=sys.stderr)
-        raise typer.Exit(130) from interrupt
-    if failures:
-        raise typer.TyperException(f"{failures} runs failed; the same command tries them again")
+    _train(wanted, workers=workers, data_root=data, out=out / "records", device=device)
 
 
 @app.command()
@@ -180,6 +171,44 @@ def restore(rounds: RoundsOption = 15, out: BenchOption = Path("results/bench"))
     print(bench.restore(out, Console(), rounds=rounds))
 
 
+@bench.command()
+def suite(
+    data: DataOption = None,
+    tasks: NamesOption = None,
+    optimizers: NamesOption = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs of each setting.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="How many runs at a time.")] = 1,
+    device: DeviceOption = "cpu",
+    out: ResultsOption = Path("results"),
+) -> None:
+    """Judges lqa-auto against hand-tuned optimizers and peers; goes on from where it was stopped.
+
+    Trains what is missing, then writes SUITE.md, suite.json and the picture from all the records
+    that there are.
+    """
+    from quadstep.lab import suite
+
+    _check_device(device)
+    with _wrong_use("--tasks / --optimizers"):
+        wanted = suite.configs(tasks=_names(tasks), optimizers=_names(optimizers), seeds=seeds)
+        check_installed({config.optimizer for config in wanted})
+    folder = out / "suite"
+    _train(wanted, workers=workers, data_root=data, out=folder, device=device)
+
+    from quadstep.lab import figures
+
+    outcomes = suite.judge(_read(folder))
+    table = Table("goal", "", "verdict", "measured")
+    for goal in suite.goals(outcomes):
+        table.add_row(goal.id, goal.text, goal.verdict, goal.measured)
+    Console().print(table)
+    written = suite.write(outcomes, out)
+    if outcomes:
+        written += figures.draw_suite(outcomes, out / "figures")
+    for path in written:
+        print(path)
+
+
 @app.command()
 def figures(
     records: RecordsOption = Path("results/records"),
@@ -210,6 +239,20 @@ def claims(
     Console().print(table)
     for path in claims.write(evidence, verdicts, out):
         print(path)
+
+
+def _train(wanted: Sequence[Config], **options: Any) -> None:
+    """Trains what is missing of some runs, and ends the command where that does not succeed."""
+    from quadstep.lab import grid
+
+    try:
+        with _wrong_use():
+            failures = grid.execute(wanted, **options)
+    except KeyboardInterrupt as interrupt:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        raise typer.Exit(130) from interrupt
+    if failures:
+        raise typer.TyperException(f"{failures} runs failed; the same command tries them again")
 
 
 def _check_device(device: str) -> None:

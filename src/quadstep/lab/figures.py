@@ -1,10 +1,10 @@
-"""Figures: the paper's pictures of training losses, and the rates measured, drawn from records."""
+"""Figures: the pictures of the paper, of the rates measured and of the suite, from records."""
 
 # The types that matplotlib declares leave keyword arguments open.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from quadstep.lab.curves import FIGURES, Array, Curve, best, describe, display, gather, title
 from quadstep.lab.records import Record
-from quadstep.lab.settings import FAMILIES, RATES
+from quadstep.lab.settings import FAMILIES, HAND_TUNED, RATES
+from quadstep.lab.suite import Outcome, Score
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,65 @@ def summarise(records: Sequence[Record], task: str, path: Path) -> Path:
         named = {display(name): style for name, style in styles.items()}
         _legend(figure, "outside lower center", named)
         return _save(figure, path)
+
+
+_ROLES: dict[str, Any] = {
+    "hand-tuned": {"marker": "o", "color": "#999999", "markersize": 5, "alpha": 0.7},
+    "peers": {"marker": "^", "color": "#56B4E9", "markersize": 6},
+    "lqa": {"marker": "s", "color": "#0072B2", "markersize": 7},
+    "lqa-auto": {"marker": "D", "color": "#D55E00", "markersize": 9, "markeredgecolor": "black"},
+}
+"""How the dots of the suite are drawn, the later above the earlier."""
+
+_SPAN = (1e-2, 1e2)
+"""The ratios that the picture of the suite shows; those beyond lie on its edges."""
+
+
+def draw_suite(outcomes: Sequence[Outcome], out: Path) -> list[Path]:
+    """Draws how every optimizer of the suite ended, beside the best hand-tuned one of its task.
+
+    Args:
+        outcomes: What the records say about each task.
+        out: The folder for the picture, as PNG and as SVG.
+
+    Returns:
+        The files written.
+    """
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(11, 2.2 + 0.32 * len(outcomes)), layout="constrained")
+        figure.suptitle("The suite: final losses relative to the best hand-tuned optimizer")
+        train, test = figure.subplots(1, 2, sharey=True)
+        _plot_ratios(train, "training loss", outcomes, lambda score: score.train_ratio)
+        _plot_ratios(test, "held-out loss", outcomes, lambda score: score.test_ratio)
+        train.set_yticks(range(len(outcomes)), [outcome.task for outcome in outcomes])
+        train.invert_yaxis()
+        handles = [Line2D([], [], linestyle="", label=role, **_ROLES[role]) for role in _ROLES]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        return [_save(figure, out / f"suite.{suffix}") for suffix in ("png", "svg")]
+
+
+def _plot_ratios(
+    axes: Axes, heading: str, outcomes: Sequence[Outcome], ratio: Callable[[Score], float]
+) -> None:
+    axes.set(title=heading, xlabel="ratio", xscale="log", xlim=_SPAN)
+    axes.axvline(1.0, color="black", linewidth=1)
+    for role, style in _ROLES.items():
+        places = [
+            (ratio(score), row)
+            for row, outcome in enumerate(outcomes)
+            for name, score in outcome.scores.items()
+            if _role(name) == role
+        ]
+        if places:
+            ratios, rows = np.array(places).T
+            # At the edges dots are whole, and all that has diverged is there to be seen.
+            axes.plot(np.clip(ratios, *_SPAN), rows, linestyle="", clip_on=False, **style)
+
+
+def _role(optimizer: str) -> str:
+    if optimizer in HAND_TUNED:
+        return "hand-tuned"
+    return optimizer if optimizer in _ROLES else "peers"
 
 
 def _losses(heading: str, curves: Curves) -> Figure:
