@@ -35,7 +35,18 @@ def results(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "demo", "reproduce", "lines", "bench", "bench cost", "bench restore", "figures", "claims"],
+    [
+        "",
+        "demo",
+        "reproduce",
+        "lines",
+        "bench",
+        "bench cost",
+        "bench restore",
+        "bench suite",
+        "figures",
+        "claims",
+    ],
 )
 def test_help(run, command):
     status, output, _ = run(*command.split(), "--help")
@@ -73,6 +84,10 @@ def test_help(run, command):
         (["bench", "cost", "--rounds", "0"], "--rounds"),
         (["bench", "cost", "--device", "abacus"], "--device: abacus: "),
         (["bench", "peer"], "peer"),
+        (["bench", "suite", "--tasks", "mlp"], "unknown task 'mlp': choose from logistic-mnist, "),
+        (["bench", "suite", "--optimizers", "lqa-paper"], "unknown optimizer 'lqa-paper': choose"),
+        (["bench", "suite", "--seeds", "0"], "--seeds"),
+        (["bench", "suite", "--device", "abacus"], "--device: abacus: "),
         (["figures", "--records", "nowhere"], "--records: there are no records in nowhere: "),
         (["claims", "--records", "nowhere"], "--records: there are no records in nowhere: "),
         (["claims", "--recrods", "nowhere"], "--recrods"),
@@ -169,6 +184,31 @@ def test_bench(run, monkeypatch, tmp_path):
         assert status == 0
         assert output.splitlines()[-1] == str(out / f"{command.split()[0]}.json")
     assert {row["model"] for row in gather_evidence([], tmp_path).costs} == {"logistic"}
+
+
+def test_bench_suite(run, monkeypatch, tmp_path):
+    from quadstep.lab import grid, train
+
+    def execute(wanted, *, out, **options):
+        for config in wanted:
+            train.run(config, out=out)
+        return 0
+
+    monkeypatch.setattr(grid, "execute", execute)
+    command = ["bench", "suite", "--tasks", "mlp-digits", "--out", tmp_path]
+    status, output, _ = run(*command, "--optimizers", "lqa-auto, adamw-0.003")
+    assert status == 0
+    names = ("SUITE.md", "suite.json", "figures/suite.png", "figures/suite.svg")
+    assert output.split()[-4:] == [str(tmp_path / name) for name in names]
+    assert "AdamW 0.003" in (tmp_path / "SUITE.md").read_text()
+
+
+def test_a_peer_that_is_not_installed_stops_the_suite_at_once(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(records, "_version", lambda package: None)
+    status, _, errors = run("bench", "suite", "--out", tmp_path)
+    assert status == 2
+    assert 'run pip install "quadstep[peers]", or leave out cocob, dadapt-adam, ' in errors
+    assert errors.count("\n") == 1
 
 
 def test_claims(run, results):

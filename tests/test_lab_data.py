@@ -1,5 +1,6 @@
 """Data sets: decoding, the cache and its repair, subsets, batches, and what goes wrong."""
 
+import argparse
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,8 @@ import torch
 
 from quadstep.lab import data
 from quadstep.lab.data import Data, DataError, batches, load
+from quadstep.lab.records import Config
+from quadstep.lab.settings import CHARACTERS
 
 SOURCE = os.environ.get("QUADSTEP_DATA")
 
@@ -206,6 +209,77 @@ def test_a_subset_of_all_is_all() -> None:
 def test_a_subset_out_of_range_is_refused(subset: int) -> None:
     with pytest.raises(ValueError, match=f"subset must be between 10 and 1352: got {subset}"):
         load("digits", subset=subset)
+
+
+def test_held_out_examples_are_chosen_as_those_of_a_subset() -> None:
+    whole, part = load("digits"), load("digits", held_out=50)
+    assert part.test_labels.bincount().tolist() == [5] * 10
+    assert torch.equal(part.train_inputs, whole.train_inputs)
+    with pytest.raises(ValueError, match="held_out must be between 10 and 445: got 446"):
+        load("digits", held_out=446)
+
+
+def test_a_run_is_trained_on_what_its_task_and_configuration_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(data, "load", lambda *arguments: asked.append(arguments))
+    data.load_for(Config("resnet8-cifar10", "sgd-0.1", 0, 1, subset=500), Path("data"))
+    assert asked == [("cifar10", Path("data"), 500, 1000)]
+
+
+def test_variants_of_the_digits() -> None:
+    plain, noisy = load("digits"), load("digits-noisy")
+    wrong = (noisy.train_labels != plain.train_labels).float().mean()
+    assert float(wrong) == pytest.approx(0.2, abs=1e-3)
+    assert sorted(noisy.train_labels.unique().tolist()) == list(range(10))
+    assert noisy.digest() == load("digits-noisy").digest()
+    assert torch.equal(noisy.test_labels, plain.test_labels)
+    inputs, _ = next(batches(*_training(load("digits-unscaled")), 2000))
+    assert float(inputs.max()) == 255.0
+    inputs, targets = next(batches(*_training(load("digits-pixels")), 2000))
+    assert torch.equal(inputs, targets)
+    assert float(targets.max()) == 1.0
+
+
+def _training(loaded: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    return loaded.train_inputs, loaded.train_labels
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("diabetes", (332, 110)), ("breast-cancer", (427, 142))]
+)
+def test_tables_are_standardised_by_their_training_part(name: Any, sizes: tuple[int, int]) -> None:
+    table = load(name)
+    assert (len(table.train_labels), len(table.test_labels)) == sizes
+    standardised = [table.train_inputs]
+    if name == "diabetes":
+        standardised.append(table.train_labels)
+        assert table.train_labels.shape == (332, 1)
+    for columns in standardised:
+        assert columns.dtype == torch.float32
+        assert columns.mean(0).abs().max() < 1e-6
+        assert columns.std(0, correction=0).allclose(torch.ones(columns.shape[1]))
+
+
+def test_text_is_labelled_by_its_next_characters() -> None:
+    text = load("text")
+    assert text.train_inputs.shape == text.train_labels.shape == (4800, 64)
+    assert text.test_inputs.shape == text.test_labels.shape == (1000, 64)
+    assert torch.equal(text.train_inputs[:, 1:], text.train_labels[:, :-1])
+    assert 0 <= int(text.train_inputs.min()) < int(text.train_inputs.max()) == CHARACTERS - 1
+    characters = [*map(chr, range(32, 127)), "\n"]
+    first = "".join(characters[code] for code in text.train_inputs[0].tolist())
+    assert first == Path(argparse.__file__).read_text("utf-8")[:64]
+    assert text.digest() == load("text").digest()
+
+
+def test_text_without_sources_is_named_with_the_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(DataError, match=r"argparse\.py.*use a Python that has them as files"):
+        load("text")
 
 
 def test_batches_follow_the_order_and_keep_the_rest() -> None:

@@ -7,8 +7,9 @@ from torch.nn import functional
 from torch.optim import SGD, Adagrad, Adam, RMSprop
 
 from quadstep import LQA
-from quadstep.lab import models, optimizers
-from quadstep.lab.settings import COMPETITORS, FAMILIES, SHAPES, TASKS, settings
+from quadstep.lab import data, models, optimizers
+from quadstep.lab.settings import COMPETITORS, FAMILIES, HAND_TUNED, SHAPES, SUITE, TASKS, settings
+from quadstep.lab.train import LOSSES
 
 CLASSES = {
     "sgd": SGD,
@@ -29,6 +30,8 @@ CLASSES = {
         ("lenet-cifar10", 62_006),
         ("resnet18-cifar10", 11_173_962),
         ("mlp-digits", 17_610),
+        ("resnet8-cifar10", 78_042),
+        ("gru-digits", 14_858),
     ],
 )
 def test_models_have_their_known_sizes(task: str, parameters: int) -> None:
@@ -55,6 +58,33 @@ def test_the_transformer_sees_only_what_came_before() -> None:
     assert not torch.equal(output, model(other))
     functional.cross_entropy(output, text).backward()
     assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("task", [task for task in SUITE if "mnist" not in task])
+def test_a_task_of_the_suite_can_be_trained(task: str) -> None:
+    row = TASKS[task]
+    if row.data == "cifar10":
+        inputs, labels = torch.rand(4, *SHAPES["cifar10"]), torch.arange(4)
+    else:
+        loaded = data.load(row.data)
+        inputs, labels = next(data.batches(loaded.train_inputs, loaded.train_labels, 4))
+        assert inputs.shape[1:] == SHAPES[row.data]
+    model = models.build(task)
+    LOSSES[row.loss](model(inputs), labels).backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+def test_first_weights_can_be_scaled() -> None:
+    torch.manual_seed(0)
+    plain = models.build("mlp-digits")
+    torch.manual_seed(0)
+    scaled = models.build("mlp-digits-small-weights")
+    for before, after in zip(plain.parameters(), scaled.parameters(), strict=True):
+        assert torch.equal(0.01 * before, after)
+
+
+def test_an_autoencoder_returns_images() -> None:
+    assert models.autoencoder((1, 8, 8))(torch.rand(2, 1, 8, 8)).shape == (2, 1, 8, 8)
 
 
 def test_every_figure_has_one_task() -> None:
@@ -99,7 +129,7 @@ def test_there_are_18_competitors_and_3_configurations() -> None:
     assert {row.family for row in COMPETITORS.values()} == set(FAMILIES)
     assert COMPETITORS["sgd-nag-0.001"].rate == 0.001
     assert settings()[-3:] == ("lqa-paper", "lqa", "lqa-auto")
-    assert set(optimizers.BUILDERS) == set(settings())
+    assert set(optimizers.BUILDERS) == {*settings(), *HAND_TUNED}
 
 
 @pytest.mark.parametrize("name", settings())

@@ -1,6 +1,7 @@
 """Runs and grids of runs: what they record, and that they go on from wherever they were stopped."""
 
 import errno
+import math
 import multiprocessing
 import os
 import random
@@ -83,6 +84,28 @@ def test_lqa_records_its_rates_reasons_and_passes(tmp_path: Path, name: str) -> 
     assert last.backwards == 3 * STEPS
     if name == "lqa-paper":
         assert last.forwards == 3 * last.backwards
+
+
+def test_nothing_is_classified_where_numbers_are_predicted(tmp_path: Path) -> None:
+    config = Config("mlp-diabetes", "adam-0.01", seed=0, epochs=2, batch_size=16)
+    record = run(config, out=tmp_path)
+    again = records.read(config.path(tmp_path))
+    assert rows(again) == rows(record)
+    assert all(math.isnan(row.test_accuracy) for row in again.epochs)
+    # Of standardised targets the variance is 1.
+    assert record.epochs[0].train_loss == pytest.approx(1.0, abs=0.2)
+    assert record.epochs[2].train_loss < 0.7
+    assert again.header["data"] == data.load("diabetes").digest()
+
+
+def test_a_scaled_loss_is_trained_and_not_recorded(tmp_path: Path) -> None:
+    plain, scaled = (
+        run(Config(task, "sgd-0.1", seed=0, epochs=2), out=tmp_path).epochs
+        for task in ("mlp-digits", "mlp-digits-small-loss")
+    )
+    assert scaled[0].train_loss == plain[0].train_loss
+    moved = [rows[0].train_loss - rows[2].train_loss for rows in (plain, scaled)]
+    assert 0.0 < moved[1] < 0.01 * moved[0]
 
 
 def test_all_optimizers_start_from_the_same_weights(tmp_path: Path) -> None:

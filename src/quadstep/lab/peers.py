@@ -203,9 +203,6 @@ _BUILDERS: dict[str, Callable[[nn.Module, Loss], Peer]] = {
     "schedulefree-adamw": partial(_plain, _ScheduleFree, "schedulefree", "AdamWScheduleFree"),
     "schedulefree-radam": partial(_plain, _ScheduleFree, "schedulefree", "RAdamScheduleFree"),
     "prodigy": partial(_plain, Peer, "prodigyopt", "Prodigy"),
-    "prodigy-plus": partial(
-        _plain, _ScheduleFree, "prodigyplus.prodigy_plus_schedulefree", "ProdigyPlusScheduleFree"
-    ),
     "dadapt-adam": partial(_plain, Peer, "dadaptation", "DAdaptAdam"),
     "gen": _gen,
     "momo": partial(_plain, _Momo, "momo", "Momo"),
@@ -229,6 +226,4 @@ def build(name: str, model: nn.Module, loss: Loss) -> Peer:
     """
     check_name("peer", name, PEERS)
     check_installed([name])
-    # Some print what they think of their arguments.
-    with redirect_stdout(io.StringIO()):
-        return _BUILDERS[name](model, loss)
+    return _BUILDERS[name](model, loss)

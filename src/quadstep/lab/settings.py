@@ -109,7 +109,7 @@ TASKS = {
     ),
     "resnet18-cifar10": Task("cifar10", "resnet18", epochs=50, figure=5),
     "resnet8-cifar10": Task(
-        "cifar10", "resnet8", epochs=8, held_out=1000, suite=Part("network", subset=5000)
+        "cifar10", "resnet8", epochs=6, held_out=1000, suite=Part("network", subset=5000)
     ),
     "transformer-text": Task(
         "text", "transformer", epochs=10, suite=Part("network", batch_size=32)
@@ -175,7 +175,6 @@ PEERS = {
     "schedulefree-adamw": "schedulefree",
     "schedulefree-radam": "schedulefree",
     "prodigy": "prodigyopt",
-    "prodigy-plus": "prodigy-plus-schedule-free",
     "dadapt-adam": "dadaptation",
     "gen": "gen-optim",
     "momo": "momo-opt",

@@ -230,7 +230,7 @@ def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
 
 def _last(losses: Array) -> float:
     """The median over the seeds at the end; what is not a number counts as infinite."""
-    return float(np.median(np.nan_to_num(losses[:, -1], nan=math.inf)))
+    return float(np.median(np.nan_to_num(losses[:, -1], nan=math.inf, posinf=math.inf)))
 
 
 def _reached(losses: Array, level: float) -> float:
