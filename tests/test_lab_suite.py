@@ -203,6 +203,9 @@ def test_one_task_far_behind_is_enough_to_fail() -> None:
         ([2.3, 2.2], "finished", False),
         ([6e4, 2.2], "finished", False),
         ([6e4, 1.0], "finished", True),
+        ([6e4 / 1.2**epoch for epoch in range(21)], "finished", True),
+        ([6e4, *[90.0] * 10, *[85.0] * 10], "finished", False),
+        ([2.3, *[9.0] * 10, *[3.0] * 10], "finished", False),
         ([2.3, 90.0, 90.0], "diverged", False),
     ],
 )

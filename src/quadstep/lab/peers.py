@@ -9,6 +9,7 @@ a run drives them all alike.
 
 import copy
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import partial
@@ -155,8 +156,9 @@ class _GeN(Peer):
     def _update(self, loss: Tensor) -> None:
         self._steps += 1
         if self._steps % self.laziness == 0:
-            # It prints why a fit has failed.
-            with redirect_stdout(io.StringIO()):
+            # It prints why a fit has failed, and scipy warns at each that three points are few.
+            with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 self._measure(
                     self._model,
                     self.optimizer,

@@ -49,8 +49,8 @@ FASTER = 0.5
 """The share of its steps within which to reach what the best hand-tuned run ends at."""
 
 STALLED = 0.9
-"""A run that has not got below this share of its first loss, or of the loss of guessing among the
-classes where that is lower, has stalled."""
+"""A run has stalled that has not got below this share of its first loss, or of the loss of guessing
+among the classes where that is lower, nor below this share of its own loss halfway."""
 
 
 # The runs -----------------------------------------------------------------------------------------
@@ -247,8 +247,10 @@ def _reached(losses: Array, level: float) -> float:
 
 
 def _stalled(run: Record) -> bool:
-    limit = STALLED * min(run.epochs[0].train_loss, math.log(CLASSES))
-    return run.status != "diverged" and not run.epochs[-1].train_loss <= limit
+    first, half, last = (run.epochs[index].train_loss for index in (0, len(run.epochs) // 2, -1))
+    # Still to fall is not to have stalled: from badly scaled weights the way is long.
+    limit = STALLED * max(min(first, math.log(CLASSES)), min(first, half))
+    return run.status != "diverged" and not last <= limit
 
 
 # The goals ----------------------------------------------------------------------------------------
@@ -564,7 +566,8 @@ _READING = f"""
 - *seconds*: training alone, beside that of the best hand-tuned optimizer; runs that share a
   machine slow each other down.
 - *stalled*: a stress run that ends above {STALLED:g} times its first loss, or above {STALLED:g}
-  times the loss of guessing, log {CLASSES}, where that is lower.
+  times the loss of guessing, log {CLASSES}, where that is lower, and is not falling any more: it
+  also ends above {STALLED:g} times its own loss halfway.
 - On a task whose loss is scaled, what is trained is scaled and what is recorded is not.
 - The text is that of the Python that ran it: records of one task hold the digest of their data,
   and records with different digests are not compared.
