@@ -385,15 +385,18 @@ class LQA(Optimizer):
         In the two-phase use the caller's forward pass drew random numbers of its own, so the
         centre is evaluated again under those of the probes.
         """
-        after = self._surroundings.capture(self._devices())
+        after = before
         if loss is None:
             # What the gradient pass did not draw from, the probes will not either.
-            before, after = after.advanced(before)
+            before, after = self._surroundings.capture(self._devices()).advanced(before)
 
         def evaluate() -> Tensor:
             before.restore()
             torch.clear_autocast_cache()
-            with torch.set_grad_enabled(self._closure_runs_backward):
+            with (
+                torch.set_grad_enabled(self._closure_runs_backward),
+                self._surroundings.discovering(before),
+            ):
                 probe = closure()
             _check_loss(probe, "closure")
             return probe.detach().reshape(())
