@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ from torch.optim import Optimizer
 
 from quadstep.averaging import ScheduleFree
 from quadstep.direction import Direction, Displacement, Gradient, NormalisedGradient, real
-from quadstep.line import Closure, Line, Moment, Surroundings
+from quadstep.line import Closure, Line, Moment, Surroundings, local, rank_mean, whole
 from quadstep.parabola import Decision, Exact, Ledger, Points, Reason, Safeguarded
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 STATE_VERSION = 1
 
@@ -68,6 +71,8 @@ class LQA(Optimizer):
             "rms" and 0.1 along "sgd"; a wrapped optimizer brings its own learning rate.
         every: measure once in so many steps (and at once whenever the last measurement hit a
             limit). By default 10 with averaging and 1 without.
+        process_group: the processes that train together, over which the measured losses are
+            averaged. By default all processes; a group of one trains by itself.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -85,6 +90,7 @@ class LQA(Optimizer):
         averaging: Literal["auto", "schedule-free"] | None = "auto",
         delta0: float | None = None,
         every: int | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         base: Optimizer | None = params if isinstance(params, Optimizer) else None
         if base is not None:
@@ -117,6 +123,7 @@ class LQA(Optimizer):
             if averaged
             else Safeguarded(smoothing=0.99, growth=1.1, ledger=Ledger.open(0.0))
         )
+        self._process_group = process_group
         self._wait = 0
         self._moves = 0
         self._training = True
@@ -129,7 +136,9 @@ class LQA(Optimizer):
         self._share()
 
     @classmethod
-    def paper(cls, params: Any, delta0: float = 0.1) -> Self:
+    def paper(
+        cls, params: Any, delta0: float = 0.1, *, process_group: ProcessGroup | None = None
+    ) -> Self:
         """Algorithm 1 to the letter: gradient direction, two probes a step, no safeguards.
 
         The rate is the vertex of the parabola, negative or huge as it may be. Where the printed
@@ -139,13 +148,16 @@ class LQA(Optimizer):
         Args:
             params: parameters or param groups.
             delta0: initial (small) learning rate, the first probe radius.
+            process_group: the processes that train together, by default all.
         """
         if isinstance(params, Optimizer):
             raise TypeError(
                 "LQA.paper follows the gradient and takes parameters, not an optimizer; "
                 "use LQA(optimizer) to measure along another optimizer's steps"
             )
-        optimizer = cls(params, direction="sgd", averaging=None, delta0=delta0)
+        optimizer = cls(
+            params, direction="sgd", averaging=None, delta0=delta0, process_group=process_group
+        )
         optimizer._search = Exact()
         return optimizer
 
@@ -222,6 +234,7 @@ class LQA(Optimizer):
         """Puts the averaged weights into the parameters, to validate and to save."""
         if self._training and self._averaging is not None:
             self._averaging.average(self._parameters(), self.state)
+            self._surroundings.reshard()
         self._training = False
 
     @torch.no_grad()
@@ -229,6 +242,7 @@ class LQA(Optimizer):
         """Puts the weights back that training goes on from."""
         if not self._training and self._averaging is not None:
             self._averaging.resume(self._parameters(), self.state)
+            self._surroundings.reshard()
         self._training = True
 
     @property
@@ -354,7 +368,7 @@ class LQA(Optimizer):
                 "parameters given to LQA, and in the two-phase use call loss.backward() before "
                 "step()"
             )
-        return loss.detach()
+        return whole(loss.detach())
 
     def _note_backward_in_closure(self) -> None:
         if not self._closure_runs_backward:
@@ -366,16 +380,20 @@ class LQA(Optimizer):
         self._closure_runs_backward = True
 
     def _finite(self, loss: Tensor) -> bool:
-        """Whether loss and gradients are finite; on accelerators only a measurement looks."""
+        """Whether loss and gradients are finite; on accelerators only a measurement looks.
+
+        Processes see losses and shards of gradients of their own, and all must take one branch.
+        """
         if loss.device.type != "cpu":
             return True
-        if not math.isfinite(loss):
-            return False
         grads = [param.grad for param in self._parameters() if param.grad is not None]
-        dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
+        dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in local(grads)]
         # Extremes carry every inf and nan, and on the CPU they cost a fraction of a norm.
-        extremes = [torch.aminmax(grad) for grad in real(dense) if grad.numel()]
-        return all(math.isfinite(low) and math.isfinite(high) for low, high in extremes)
+        extremes = (torch.aminmax(grad) for grad in real(dense) if grad.numel())
+        finite = math.isfinite(loss) and all(
+            math.isfinite(low) and math.isfinite(high) for low, high in extremes
+        )
+        return rank_mean(torch.tensor([float(finite)]), self._process_group) == [1.0]
 
     def _measure(
         self, closure: Closure, loss: Tensor | None, centre: Tensor, line: Line, before: Moment
@@ -399,7 +417,7 @@ class LQA(Optimizer):
             ):
                 probe = closure()
             _check_loss(probe, "closure")
-            return probe.detach().reshape(())
+            return whole(probe.detach()).reshape(())
 
         radius = self._search.radius(self.rate)
         rates = (radius, -radius) if loss is None else (radius, 0.0, -radius)
@@ -416,7 +434,7 @@ class LQA(Optimizer):
         if loss is None:
             losses.insert(1, centre.reshape(()))
         # The one wait for the device.
-        minus, middle, plus = map(float, torch.stack(losses).cpu())
+        minus, middle, plus = rank_mean(torch.stack(losses), self._process_group)
         resolution = torch.finfo(centre.dtype).eps
         return Points(radius, minus, middle, plus, resolution), len(rates)
 
@@ -459,6 +477,7 @@ _PICKLED = frozenset(
         "_every",
         "_last",
         "_moves",
+        "_process_group",
         "_search",
         "_training",
         "_wait",
