@@ -14,8 +14,16 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from problems import classification, identical, noisy_classification, values
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -51,6 +59,7 @@ CONFIGURATIONS = {
 }
 
 THREE = ("lqa-paper", "lqa(adamw)", "lqa-auto")
+MOVED = ("lqa(adamw)", "lqa-auto")
 
 # What is run, on all ranks -------------------------------------------------------------------
 
@@ -523,8 +532,103 @@ def check_two_phases_with_clipping_equal_one_process(_):
         torch.testing.assert_close(parameters, expected, rtol=1e-9, atol=1e-9)
 
 
+# Checkpoints ---------------------------------------------------------------------------------
+
+
+def load(path, model, opt, **options):
+    options = StateDictOptions(**options)
+    weights, state = get_state_dict(model, opt, options=options)
+    dcp.load({"model": weights, "optim": state}, checkpoint_id=path)
+    set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state, options=options)
+
+
+def save(path, model, opt, **options):
+    weights, state = get_state_dict(model, opt, options=StateDictOptions(**options))
+    dcp.save({"model": weights, "optim": state}, checkpoint_id=path)
+
+
+def check_checkpoints_resume_bit_for_bit(folder):
+    runs = [(sharded, name) for name in THREE]
+    for parallelise, name in [*runs, (split, "lqa-auto"), (DistributedDataParallel, "lqa-auto")]:
+        data = (1, 0) if parallelise is split else (None, None)
+        path = folder / f"same-{size()}-{parallelise.__name__}-{name}"
+        task, model, opt = begun(name, parallelise)
+        train(opt, model, task, range(13), *data)
+        save(path, model, opt)
+        train(opt, model, task, range(13, STEPS), *data)
+        _, resumed, other = begun(name, parallelise)
+        load(path, resumed, other)
+        train(other, resumed, task, range(13, STEPS), *data)
+        assert identical(whole(resumed), whole(model))
+        assert other.report == opt.report
+
+
+def check_whole_checkpoints_on_rank_0(folder):
+    """The options with which the first rank alone holds everything, in the memory of the CPU."""
+    options = {"full_state_dict": True, "cpu_offload": True}
+    task, model, opt = begun("lqa-auto")
+    train(opt, model, task, range(13))
+    weights, state = get_state_dict(model, opt, options=StateDictOptions(**options))
+    if rank() == 0:
+        torch.save((weights, state), folder / f"whole-{size()}")
+    train(opt, model, task, range(13, STEPS))
+    _, resumed, other = begun("lqa-auto")
+    weights, state = torch.load(folder / f"whole-{size()}") if rank() == 0 else ({}, {})
+    broadcast = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(resumed, weights, options=broadcast)
+    set_optimizer_state_dict(resumed, other, state, options=broadcast)
+    train(other, resumed, task, range(13, STEPS))
+    assert identical(whole(resumed), whole(model))
+    assert other.report == opt.report
+
+
+def check_reading_the_state_of_a_fresh_optimizer_changes_nothing(_):
+    for name in THREE:
+        task, model, opt = begun(name)
+        _, other, asked = begun(name)
+        get_state_dict(other, asked)
+        train(opt, model, task, range(8))
+        train(asked, other, task, range(8))
+        assert identical(whole(model), whole(other))
+        assert opt.report == asked.report
+
+
+def check_a_loaded_average_is_validated_and_trained_on(folder):
+    """What FSDP gathered to validate must not be what the first step after it sees."""
+    task, model, opt = begun("lqa-auto")
+    train(opt, model, task, range(13))
+    opt.eval()
+    save(folder / f"average-{size()}", model, opt)
+    _, resumed, other = begun("lqa-auto")
+    load(folder / f"average-{size()}", resumed, other)
+    for optimizer, owner in ((opt, model), (other, resumed)):
+        with torch.no_grad():
+            owner(task.inputs)
+        optimizer.train()
+        train(optimizer, owner, task, range(13, 16))
+    assert identical(whole(resumed), whole(model))
+
+
+def save_for_others(folder):
+    for name in MOVED:
+        task, model, opt = begun(name)
+        train(opt, model, task, range(13))
+        save(folder / f"from-{size()}-{name}", model, opt)
+
+
+def check_a_checkpoint_moves_to_another_number_of_ranks(folder):
+    for name in MOVED:
+        task, model, opt = begun(name)
+        load(folder / f"from-{6 - size()}-{name}", model, opt)
+        train(opt, model, task, range(13, STEPS))
+        parameters, _, rates = in_one_process(name)
+        assert opt.rate == pytest.approx(rates[-1], rel=1e-9)
+        torch.testing.assert_close(whole(model), parameters, rtol=1e-9, atol=1e-9)
+
+
 # How it is run -------------------------------------------------------------------------------
 
+MOVES = check_a_checkpoint_moves_to_another_number_of_ranks
 FOUR_ALONE = {check_two_dimensions_equal_one_process, check_groups_train_by_themselves}
 FOUR = FOUR_ALONE | {
     check_ddp_equals_one_process,
@@ -542,8 +646,9 @@ CHECKS = {
     if name.startswith("check_")
 }
 LAUNCHES = {
-    "2": (2, {name: run for name, run in CHECKS.items() if run not in FOUR_ALONE}),
-    "4": (4, {name: run for name, run in CHECKS.items() if run in FOUR}),
+    "2": (2, {name: run for name, run in CHECKS.items() if run not in FOUR_ALONE | {MOVES}}),
+    "4": (4, {name: run for name, run in CHECKS.items() if run in FOUR | {MOVES}}),
+    "2 from 4": (2, {name: run for name, run in CHECKS.items() if run is MOVES}),
 }
 
 
@@ -559,7 +664,9 @@ def work(index, ranks, launch, folder):
         world_size=ranks,
         timeout=timedelta(seconds=60),
     )
-    for name, check in LAUNCHES[launch][1].items():
+    # The other numbers of ranks go on from these.
+    saving = {"saves": save_for_others} if launch in ("2", "4") else {}
+    for name, check in (saving | LAUNCHES[launch][1]).items():
         began = time.monotonic()
         try:
             check(folder)

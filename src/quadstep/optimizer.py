@@ -202,8 +202,10 @@ class LQA(Optimizer):
             TypeError, ValueError, RuntimeError: the closure is missing or returns something other
                 than a differentiable scalar loss, or no gradient arrived; nothing has moved then.
         """
-        self._check_call(closure, loss)
         self._share()
+        if self._only_asks_for_state(closure):
+            return self._make_state()
+        self._check_call(closure, loss)
         rate, due, line = self.rate, self._wait == 0, None
         own, probes = int(loss is None), 0
         before = self._surroundings.capture(self._devices() if due else None)
@@ -268,7 +270,8 @@ class LQA(Optimizer):
             "wait": self._wait,
             "moves": self._moves,
             "training": self._training,
-            "counts": {reason.value: count for reason, count in self._counts.items()},
+            # All reasons: distributed checkpoints load the keys that a fresh optimizer has.
+            "counts": {reason.value: self._counts[reason] for reason in Reason},
         }
         return state
 
@@ -296,7 +299,7 @@ class LQA(Optimizer):
         self._wait = saved["wait"]
         self._moves = saved["moves"]
         self._training = saved["training"]
-        self._counts = Counter({Reason(key): count for key, count in saved["counts"].items()})
+        self._counts = +Counter({Reason(key): count for key, count in saved["counts"].items()})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; without an `lr` of its own it gets the rate in force."""
@@ -330,6 +333,23 @@ class LQA(Optimizer):
 
     def _devices(self) -> set[torch.device]:
         return {param.device for param in self._parameters()}
+
+    def _only_asks_for_state(self, closure: Any) -> bool:
+        """Whether this is `torch.distributed.checkpoint`, which steps a fresh optimizer at rate 0.
+
+        It wants the state of every parameter to be there, to load a checkpoint into it.
+        """
+        return closure is None and not self.state and self.rate == 0.0
+
+    def _make_state(self) -> Tensor:
+        """Makes the state of the parameters that have gradients, as no step had been taken."""
+        line = self._direction.line(self.param_groups, self.state, 0.0, self._averaging is not None)
+        if self._averaging is not None:
+            self._averaging.move(line.blocks, self.state, 0.0, 1.0)
+        for state in self.state.values():
+            if "step" in state:
+                state["step"] *= 0
+        return torch.zeros(())
 
     def _check_call(self, closure: Any, loss: Any) -> None:
         if not callable(closure):
