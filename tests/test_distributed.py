@@ -4,12 +4,16 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
+import subprocess
+import sys
 import time
 import traceback
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -715,3 +719,21 @@ def test_on_ranks(outcomes, launch, check):
     assert not any(failures), "\n".join(
         f"rank {index}: {failure}" for index, failure in enumerate(failures)
     )
+
+
+def test_the_page_on_distributed_training_runs_as_it_stands(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    script = tmp_path / "train.py"
+    script.write_text(page.split("```python\n")[1].split("```")[0])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", script],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rates = re.findall("rate (.*) on rank", done.stdout)
+    assert len(rates) == 2
+    assert rates[0] == rates[1]
