@@ -409,6 +409,20 @@ class TestClosures:
         assert identical(buffers, list(task.model.buffers()))
         assert torch.equal(random, torch.get_rng_state())
 
+    def test_two_phases_leave_the_buffers_alone_from_the_first_step_on(self):
+        probed, plain = noisy_classification(), noisy_classification()
+        opt = LQA(probed.model.parameters())
+        for step in range(3):
+            plain.model.load_state_dict(probed.model.state_dict())
+            torch.manual_seed(step)
+            plain.closure(step)()
+            torch.manual_seed(step)
+            opt.zero_grad()
+            loss = probed.closure(step)()
+            loss.backward()
+            opt.step(probed.closure(step), loss=loss)
+            assert identical(list(plain.model.buffers()), list(probed.model.buffers()))
+
     @pytest.mark.parametrize("set_to_none", [True, False])
     def test_a_closure_that_runs_backward_is_warned_of_once_and_works(
         self, configuration, set_to_none

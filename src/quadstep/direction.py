@@ -10,13 +10,14 @@ enter as ratios to that rate, so that one number, measured along all groups toge
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from quadstep.line import Block, Line
+from quadstep.line import Block, Line, is_distributed
 
 Group = dict[str, Any]
 State = Any
@@ -112,7 +113,7 @@ class Displacement:
 
 
 def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block]:
-    """Builds a block along the gradients for each group that has any.
+    """Builds a block along the gradients for each group (and device mesh) that has any.
 
     Args:
         groups: the param groups.
@@ -136,8 +137,26 @@ def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block
             )
         lr = float(group["lr"])
         unit = rate / lr if lr != 0.0 else math.inf
-        blocks.append(Block(owners, real(owners), real(grads), unit if rate else 1.0))
+        for part in _by_mesh(owners):
+            grads = [_placed(owner.grad, owner) for owner in part]
+            blocks.append(Block(part, real(part), real(grads), unit if rate else 1.0))
     return blocks
+
+
+def _by_mesh(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+    """Parts tensors by their device meshes, which no foreach operation may mix."""
+    meshes: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        mesh = tensor.device_mesh if is_distributed(tensor) else None
+        meshes.setdefault(mesh, []).append(tensor)
+    return meshes.values()
+
+
+def _placed(grad: Any, owner: Tensor) -> Tensor:
+    """The gradient, laid out on the mesh as its parameter is: autograd may leave partial sums."""
+    if is_distributed(owner) and grad.placements != owner.placements:
+        return grad.redistribute(placements=owner.placements)
+    return grad
 
 
 def real(tensors: list[Tensor]) -> list[Tensor]:

@@ -17,12 +17,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 Closure = Callable[[], Tensor]
 
@@ -71,7 +75,7 @@ class Line:
         """Returns the parameters to rate zero, bit for bit."""
         if self._displaced and self._start is not None:
             for block, start in zip(self.blocks, self._start, strict=True):
-                torch._foreach_copy_(block.params, start)
+                torch._foreach_copy_(local(block.params), local(start))
         self._displaced = False
 
     def losses(self, evaluate: Closure, rates: Iterable[float]) -> list[Tensor]:
@@ -96,6 +100,40 @@ class Line:
         return losses
 
 
+def rank_mean(values: Tensor, group: ProcessGroup | None) -> list[float]:
+    """Averages numbers over the processes that train together; reading them waits for the device.
+
+    The sum is formed once and sent to all, so that all go on with the same bits.
+
+    Args:
+        values: one dimension, the same length on every process; may be overwritten.
+        group: the processes; None means all, or this one alone where there is no process group.
+    """
+    distributed, size = torch.distributed, 1
+    if distributed.is_available() and distributed.is_initialized():
+        size = distributed.get_world_size(group)
+    if size > 1:
+        values = values.double()
+        distributed.all_reduce(values, group=group)
+    return [float(value) / size for value in values.cpu()]
+
+
+def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor, known without the second that importing DTensor takes."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's parts of the tensors, sharing their memory."""
+    return [tensor.to_local() if is_distributed(tensor) else tensor for tensor in tensors]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A plain tensor of what a device mesh may hold in parts."""
+    return tensor.full_tensor() if is_distributed(tensor) else tensor
+
+
 @dataclass(frozen=True, slots=True)
 class RandomSource:
     """One source of random numbers: how its state is read, set and compared."""
@@ -107,21 +145,25 @@ class RandomSource:
 
 @dataclass(slots=True)
 class Moment:
-    """The random generators and module buffers as they were at one time.
+    """The random generators, module buffers and parallel modules as they were at one time.
 
     Attributes:
         generators: each generator and its state.
         buffers: the owner, name, tensor and copied values of every buffer.
+        rewinds: what brings the modules of DDP and FSDP back.
     """
 
     generators: list[tuple[RandomSource, Any]]
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]]
+    rewinds: list[Callable[[], object]]
 
     def restore(self) -> None:
         """Sets everything back."""
         for generator, state in self.generators:
             generator.set(state)
         self.restore_buffers()
+        for rewind in self.rewinds:
+            rewind()
 
     def restore_buffers(self) -> None:
         """Sets the buffers back, in place; one that was replaced becomes the old tensor again."""
@@ -139,16 +181,16 @@ class Moment:
             if not generator.same(before, after)
         ]
         return (
-            Moment([(generator, before) for generator, before, _ in moved], since.buffers),
-            Moment([(generator, after) for generator, _, after in moved], self.buffers),
+            replace(since, generators=[(generator, before) for generator, before, _ in moved]),
+            replace(self, generators=[(generator, after) for generator, _, after in moved]),
         )
 
 
 class Surroundings:
-    """What a closure touches besides the parameters: random generators and module buffers.
+    """What a closure touches besides the parameters: random generators and the state of modules.
 
-    An optimizer is given parameters, not modules, so the modules that own buffers are those seen
-    to run during the first closure.
+    An optimizer is given parameters, not modules, so the modules that matter are those seen to run
+    during the first closure.
     """
 
     def __init__(self) -> None:
@@ -157,7 +199,7 @@ class Surroundings:
 
     @contextmanager
     def discovering(self, moment: Moment) -> Generator[None]:
-        """Notes which modules run, the first time; adds their untouched buffers to `moment`.
+        """Notes which modules run, the first time; adds their untouched state to `moment`.
 
         Compiled modules run eagerly meanwhile: a hook that is there once would be compiled in.
         """
@@ -171,6 +213,9 @@ class Surroundings:
                 fresh = [part for part in module.modules() if part not in seen]
                 seen.update(fresh)
                 moment.buffers.extend(_copies(fresh))
+                moment.rewinds.extend(_rewinds(fresh))
+                # The parameters may have moved since FSDP gathered them to validate.
+                _reshard(fresh)
 
         hook = nn.modules.module.register_module_forward_pre_hook(note)
         try:
@@ -179,22 +224,73 @@ class Surroundings:
                 yield
         finally:
             hook.remove()
-        self._modules = [weakref.ref(module) for module in seen if module._buffers]
+        self._modules = [
+            weakref.ref(module)
+            for module in seen
+            if module._buffers or _replicates(module) or _shards(module)
+        ]
 
     def capture(self, devices: Iterable[torch.device] | None) -> Moment:
-        """Copies the buffers and the states of the generators.
+        """Copies the buffers and the states of the generators; notes those of parallel modules.
 
         Args:
             devices: where the parameters live; their generators join CPU's, Python's and NumPy's.
                 None leaves all generators out.
+
+        Raises:
+            RuntimeError: DDP is to go on without the ranks that run out of data.
         """
         states: list[tuple[RandomSource, Any]] = []
         if devices is not None:
             if self._generators is None:
                 self._generators = _generators(devices)
             states = [(generator, generator.get()) for generator in self._generators]
-        alive = (reference() for reference in self._modules or ())
-        return Moment(states, _copies(module for module in alive if module is not None))
+        modules = self._alive()
+        return Moment(states, _copies(modules), _rewinds(modules))
+
+    def reshard(self) -> None:
+        """Makes FSDP forget the parameters that it has gathered, because they have moved."""
+        _reshard(self._alive())
+
+    def _alive(self) -> list[nn.Module]:
+        modules = (reference() for reference in self._modules or ())
+        return [module for module in modules if module is not None]
+
+
+def _replicates(module: nn.Module) -> bool:
+    return isinstance(module, nn.parallel.DistributedDataParallel)
+
+
+def _shards(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _reshard(modules: Iterable[Any]) -> None:
+    for module in modules:
+        if _shards(module):
+            module.reshard()
+
+
+def _rewinds(modules: Iterable[Any]) -> list[Callable[[], object]]:
+    """Collects what undoes the traces that forward passes without gradients leave in modules."""
+    rewinds: list[Callable[[], object]] = []
+    for module in modules:
+        if _replicates(module):
+            join = module._join_config
+            if join.enable and not join.throw_on_early_termination:
+                raise RuntimeError(
+                    "LQA cannot go on without the ranks that run out of data, which no longer "
+                    "take part in its measurements; "
+                    "use ddp.join(throw_on_early_termination=True) or give all ranks as many steps"
+                )
+            # Without gradients DDP takes the buffers of the next pass to be in step already.
+            name = "require_forward_param_sync"
+            rewinds.append(partial(setattr, module, name, getattr(module, name)))
+        elif _shards(module):
+            # Without a backward pass FSDP keeps what it gathered, blind to moves of the shards.
+            rewinds.append(partial(_reshard, [module]))
+    return rewinds
 
 
 def _copies(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:

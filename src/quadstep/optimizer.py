@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ from torch.optim import Optimizer
 
 from quadstep.averaging import ScheduleFree
 from quadstep.direction import Direction, Displacement, Gradient, NormalisedGradient, real
-from quadstep.line import Closure, Line, Moment, Surroundings
+from quadstep.line import Closure, Line, Moment, Surroundings, local, rank_mean, whole
 from quadstep.parabola import Decision, Exact, Ledger, Points, Reason, Safeguarded
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 STATE_VERSION = 1
 
@@ -68,6 +71,8 @@ class LQA(Optimizer):
             "rms" and 0.1 along "sgd"; a wrapped optimizer brings its own learning rate.
         every: measure once in so many steps (and at once whenever the last measurement hit a
             limit). By default 10 with averaging and 1 without.
+        process_group: the processes that train together, over which the measured losses are
+            averaged. By default all processes; a group of one trains by itself.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -85,6 +90,7 @@ class LQA(Optimizer):
         averaging: Literal["auto", "schedule-free"] | None = "auto",
         delta0: float | None = None,
         every: int | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         base: Optimizer | None = params if isinstance(params, Optimizer) else None
         if base is not None:
@@ -117,6 +123,7 @@ class LQA(Optimizer):
             if averaged
             else Safeguarded(smoothing=0.99, growth=1.1, ledger=Ledger.open(0.0))
         )
+        self._process_group = process_group
         self._wait = 0
         self._moves = 0
         self._training = True
@@ -129,7 +136,9 @@ class LQA(Optimizer):
         self._share()
 
     @classmethod
-    def paper(cls, params: Any, delta0: float = 0.1) -> Self:
+    def paper(
+        cls, params: Any, delta0: float = 0.1, *, process_group: ProcessGroup | None = None
+    ) -> Self:
         """Algorithm 1 to the letter: gradient direction, two probes a step, no safeguards.
 
         The rate is the vertex of the parabola, negative or huge as it may be. Where the printed
@@ -139,13 +148,16 @@ class LQA(Optimizer):
         Args:
             params: parameters or param groups.
             delta0: initial (small) learning rate, the first probe radius.
+            process_group: the processes that train together, by default all.
         """
         if isinstance(params, Optimizer):
             raise TypeError(
                 "LQA.paper follows the gradient and takes parameters, not an optimizer; "
                 "use LQA(optimizer) to measure along another optimizer's steps"
             )
-        optimizer = cls(params, direction="sgd", averaging=None, delta0=delta0)
+        optimizer = cls(
+            params, direction="sgd", averaging=None, delta0=delta0, process_group=process_group
+        )
         optimizer._search = Exact()
         return optimizer
 
@@ -190,8 +202,10 @@ class LQA(Optimizer):
             TypeError, ValueError, RuntimeError: the closure is missing or returns something other
                 than a differentiable scalar loss, or no gradient arrived; nothing has moved then.
         """
-        self._check_call(closure, loss)
         self._share()
+        if self._only_asks_for_state(closure):
+            return self._make_state()
+        self._check_call(closure, loss)
         rate, due, line = self.rate, self._wait == 0, None
         own, probes = int(loss is None), 0
         before = self._surroundings.capture(self._devices() if due else None)
@@ -222,6 +236,7 @@ class LQA(Optimizer):
         """Puts the averaged weights into the parameters, to validate and to save."""
         if self._training and self._averaging is not None:
             self._averaging.average(self._parameters(), self.state)
+            self._surroundings.reshard()
         self._training = False
 
     @torch.no_grad()
@@ -229,6 +244,7 @@ class LQA(Optimizer):
         """Puts the weights back that training goes on from."""
         if not self._training and self._averaging is not None:
             self._averaging.resume(self._parameters(), self.state)
+            self._surroundings.reshard()
         self._training = True
 
     @property
@@ -254,7 +270,8 @@ class LQA(Optimizer):
             "wait": self._wait,
             "moves": self._moves,
             "training": self._training,
-            "counts": {reason.value: count for reason, count in self._counts.items()},
+            # All reasons: distributed checkpoints load the keys that a fresh optimizer has.
+            "counts": {reason.value: self._counts[reason] for reason in Reason},
         }
         return state
 
@@ -282,7 +299,7 @@ class LQA(Optimizer):
         self._wait = saved["wait"]
         self._moves = saved["moves"]
         self._training = saved["training"]
-        self._counts = Counter({Reason(key): count for key, count in saved["counts"].items()})
+        self._counts = +Counter({Reason(key): count for key, count in saved["counts"].items()})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; without an `lr` of its own it gets the rate in force."""
@@ -316,6 +333,23 @@ class LQA(Optimizer):
 
     def _devices(self) -> set[torch.device]:
         return {param.device for param in self._parameters()}
+
+    def _only_asks_for_state(self, closure: Any) -> bool:
+        """Whether this is `torch.distributed.checkpoint`, which steps a fresh optimizer at rate 0.
+
+        It wants the state of every parameter to be there, to load a checkpoint into it.
+        """
+        return closure is None and not self.state and self.rate == 0.0
+
+    def _make_state(self) -> Tensor:
+        """Makes the state of the parameters that have gradients, as no step had been taken."""
+        line = self._direction.line(self.param_groups, self.state, 0.0, self._averaging is not None)
+        if self._averaging is not None:
+            self._averaging.move(line.blocks, self.state, 0.0, 1.0)
+        for state in self.state.values():
+            if "step" in state:
+                state["step"] *= 0
+        return torch.zeros(())
 
     def _check_call(self, closure: Any, loss: Any) -> None:
         if not callable(closure):
@@ -354,7 +388,7 @@ class LQA(Optimizer):
                 "parameters given to LQA, and in the two-phase use call loss.backward() before "
                 "step()"
             )
-        return loss.detach()
+        return whole(loss.detach())
 
     def _note_backward_in_closure(self) -> None:
         if not self._closure_runs_backward:
@@ -366,16 +400,20 @@ class LQA(Optimizer):
         self._closure_runs_backward = True
 
     def _finite(self, loss: Tensor) -> bool:
-        """Whether loss and gradients are finite; on accelerators only a measurement looks."""
+        """Whether loss and gradients are finite; on accelerators only a measurement looks.
+
+        Processes see losses and shards of gradients of their own, and all must take one branch.
+        """
         if loss.device.type != "cpu":
             return True
-        if not math.isfinite(loss):
-            return False
         grads = [param.grad for param in self._parameters() if param.grad is not None]
-        dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
+        dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in local(grads)]
         # Extremes carry every inf and nan, and on the CPU they cost a fraction of a norm.
-        extremes = [torch.aminmax(grad) for grad in real(dense) if grad.numel()]
-        return all(math.isfinite(low) and math.isfinite(high) for low, high in extremes)
+        extremes = (torch.aminmax(grad) for grad in real(dense) if grad.numel())
+        finite = math.isfinite(loss) and all(
+            math.isfinite(low) and math.isfinite(high) for low, high in extremes
+        )
+        return rank_mean(torch.tensor([float(finite)]), self._process_group) == [1.0]
 
     def _measure(
         self, closure: Closure, loss: Tensor | None, centre: Tensor, line: Line, before: Moment
@@ -385,18 +423,21 @@ class LQA(Optimizer):
         In the two-phase use the caller's forward pass drew random numbers of its own, so the
         centre is evaluated again under those of the probes.
         """
-        after = self._surroundings.capture(self._devices())
+        after = before
         if loss is None:
             # What the gradient pass did not draw from, the probes will not either.
-            before, after = after.advanced(before)
+            before, after = self._surroundings.capture(self._devices()).advanced(before)
 
         def evaluate() -> Tensor:
             before.restore()
             torch.clear_autocast_cache()
-            with torch.set_grad_enabled(self._closure_runs_backward):
+            with (
+                torch.set_grad_enabled(self._closure_runs_backward),
+                self._surroundings.discovering(before),
+            ):
                 probe = closure()
             _check_loss(probe, "closure")
-            return probe.detach().reshape(())
+            return whole(probe.detach()).reshape(())
 
         radius = self._search.radius(self.rate)
         rates = (radius, -radius) if loss is None else (radius, 0.0, -radius)
@@ -413,7 +454,7 @@ class LQA(Optimizer):
         if loss is None:
             losses.insert(1, centre.reshape(()))
         # The one wait for the device.
-        minus, middle, plus = map(float, torch.stack(losses).cpu())
+        minus, middle, plus = rank_mean(torch.stack(losses), self._process_group)
         resolution = torch.finfo(centre.dtype).eps
         return Points(radius, minus, middle, plus, resolution), len(rates)
 
@@ -456,6 +497,7 @@ _PICKLED = frozenset(
         "_every",
         "_last",
         "_moves",
+        "_process_group",
         "_search",
         "_training",
         "_wait",
