@@ -36,6 +36,7 @@ def schedule_free(
     rates: list[float],
     beta: float,
     kappa: float,
+    power: float,
     decay: float = 0.999,
     eps: float = 1e-8,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +46,8 @@ def schedule_free(
         g = gradient(y)
         v = decay * v + (1.0 - decay) * g * g
         d = g / ((v / (1.0 - decay**t)).sqrt() + eps)
+        d = d / max(1.0, d.square().mean().sqrt().item())
         z = z - kappa * rate * d
-        x = x + (z - x) / t
+        x = x + (z - x) * (1.0 + power) / (t + power)
         y = (1.0 - beta) * z + beta * x
     return x, y, z

@@ -13,7 +13,7 @@ def test_equals_the_plain_iterates_step_by_step():
     start = theta.detach().clone()
     rates = [0.1, 0.05, 0.0625, 0.2, 0.01] * 6
     averaging, direction, state = (
-        ScheduleFree(beta=0.9, kappa=3.0),
+        ScheduleFree(beta=0.9, kappa=3.0, power=2.0),
         NormalisedGradient(),
         {theta: {}},
     )
@@ -21,8 +21,8 @@ def test_equals_the_plain_iterates_step_by_step():
         for moves, rate in enumerate(rates, start=1):
             theta.grad = hessian @ theta
             line = direction.line([{"params": [theta], "lr": rate}], state, rate, measured=False)
-            averaging.move(line.blocks, state, rate, 1.0 / moves)
-            x, y, z = schedule_free(lambda at: hessian @ at, start, rates[:moves], 0.9, 3.0)
+            averaging.move(line.blocks, state, rate, averaging.weight(moves))
+            x, y, z = schedule_free(lambda at: hessian @ at, start, rates[:moves], 0.9, 3.0, 2.0)
             torch.testing.assert_close(theta.data, y, rtol=1e-11, atol=1e-13)
             torch.testing.assert_close(state[theta]["z"], z, rtol=1e-11, atol=1e-13)
             averaging.average([theta], state)

@@ -188,13 +188,13 @@ class TestTheRate:
         task = classification()
         opt = LQA(task.model.parameters(), every=4)
         assert math.isnan(opt.report.loss)
-        for step in range(40):
+        for step in range(80):
             loss = opt.step(task.closure(step))
         report = opt.report
         assert report.loss == loss.item()
         assert report.rate == opt.param_groups[0]["lr"]
-        assert sum(report.counts.values()) == 40
-        assert report.counts[Reason.HELD] > 20
+        assert sum(report.counts.values()) == 80
+        assert report.counts[Reason.HELD] > 40
         while opt.report.reason is Reason.HELD:
             assert (opt.report.forwards, opt.report.backwards) == (1, 1)
             opt.step(task.closure())

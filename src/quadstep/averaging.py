@@ -26,11 +26,18 @@ class ScheduleFree:
         beta: weight of the average in the point where gradients are taken.
         kappa: how far the fast iterate steps, in units of the measured rate. The line is measured
             at y, which moves by a fraction of what z moves.
+        power: the n-th iterate counts in the average with about the power of n, so that the average
+            forgets where a long run began.
     """
 
-    def __init__(self, beta: float = 0.9, kappa: float = 3.0) -> None:
+    def __init__(self, beta: float = 0.9, kappa: float = 3.0, power: float = 3.0) -> None:
         self.beta = beta
         self.kappa = kappa
+        self.power = power
+
+    def weight(self, moves: int) -> float:
+        """The share of the newest iterate in the average of so many, in (0, 1]."""
+        return (1.0 + self.power) / (moves + self.power)
 
     def move(self, blocks: list[Block], state: Any, rate: float, weight: float) -> None:
         """Moves z against the direction, x towards z, and y with both.

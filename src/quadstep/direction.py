@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from quadstep.line import Block, Line, is_distributed
+from quadstep.line import Block, Line, is_distributed, local, whole
 
 Group = dict[str, Any]
 State = Any
@@ -49,6 +50,10 @@ class Gradient:
 class NormalisedGradient:
     """The gradient divided by the root of its running mean square, as in RMSProp and Adam.
 
+    Its own root mean square, about one, is kept from exceeding one: a batch with far larger
+    gradients than those before it would take a step that no measurement vouched for, and does so
+    where the gradients have all but vanished.
+
     Args:
         decay: of the running mean square; unbiased from the first step on, as Adam's.
         eps: added to the root.
@@ -78,6 +83,7 @@ class NormalisedGradient:
             torch._foreach_reciprocal_(roots)
             torch._foreach_mul_(roots, block.direction)
             block.direction = list(roots)
+        _limit(blocks)
         return Line(blocks)
 
 
@@ -112,8 +118,18 @@ class Displacement:
         return line
 
 
+def _limit(blocks: list[Block]) -> None:
+    """Scales the directions together to a root mean square of at most one."""
+    size = sum(part.numel() for block in blocks for part in block.direction)
+    norms = [whole(get_total_norm(block.direction)) for block in blocks]
+    norm = torch.linalg.vector_norm(torch.stack([part.to(norms[0].device) for part in norms]))
+    excess = (norm / max(1, size) ** 0.5).clamp(min=1.0)
+    for block, part in zip(blocks, norms, strict=True):
+        torch._foreach_div_(local(block.direction), excess.to(part.device))
+
+
 def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block]:
-    """Builds a block along the gradients for each group (and device mesh) that has any.
+    """Builds a block along the gradients for each group (and device or mesh) that has any.
 
     Args:
         groups: the param groups.
@@ -137,19 +153,19 @@ def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block
             )
         lr = float(group["lr"])
         unit = rate / lr if lr != 0.0 else math.inf
-        for part in _by_mesh(owners):
+        for part in _by_device(owners):
             grads = [_placed(owner.grad, owner) for owner in part]
             blocks.append(Block(part, real(part), real(grads), unit if rate else 1.0))
     return blocks
 
 
-def _by_mesh(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
-    """Parts tensors by their device meshes, which no foreach operation may mix."""
-    meshes: dict[Any, list[Tensor]] = {}
+def _by_device(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+    """Parts tensors by their devices and meshes, which no foreach operation may mix."""
+    parts: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         mesh = tensor.device_mesh if is_distributed(tensor) else None
-        meshes.setdefault(mesh, []).append(tensor)
-    return meshes.values()
+        parts.setdefault((tensor.device, mesh), []).append(tensor)
+    return parts.values()
 
 
 def _placed(grad: Any, owner: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class LQA(Optimizer):
         self._every = every or (10 if averaged else 1)
         # Averaged iterates bear a greedy rate; without averaging the loss itself must vouch for it.
         self._search: Safeguarded | Exact = (
-            Safeguarded(smoothing=0.97, growth=2.0)
+            Safeguarded(smoothing=0.97, growth=3.0, slowing=True)
             if averaged
             else Safeguarded(smoothing=0.99, growth=1.1, ledger=Ledger.open(0.0))
         )
@@ -466,7 +466,8 @@ class LQA(Optimizer):
             line.restore()
             if decision.step:
                 self._moves += 1
-                self._averaging.move(line.blocks, self.state, decision.step, 1.0 / self._moves)
+                weight = self._averaging.weight(self._moves)
+                self._averaging.move(line.blocks, self.state, decision.step, weight)
         old = self.rate
         for group in self.param_groups:
             rate = decision.rate * (float(group["lr"]) / old if old else 1.0)
@@ -476,12 +477,11 @@ class LQA(Optimizer):
                 group["lr"] = rate
 
     def _finish(self, loss: Tensor, decision: Decision, own: int, probes: int = 0) -> Tensor:
-        """Books the step and sets when to measure next: at once after anything but a minimum."""
+        """Books the step and sets when to measure next: at once until the rate has settled."""
         if decision.reason is Reason.HELD:
             self._wait -= 1
         else:
-            settled = decision.reason is Reason.MINIMUM and decision.step != 0.0
-            self._wait = self._every - 1 if settled else 0
+            self._wait = self._every - 1 if decision.settled else 0
         backwards = own + (probes if self._closure_runs_backward else 0)
         self._counts[decision.reason] += 1
         self._last = (loss, decision.reason, own + probes, backwards)

@@ -122,11 +122,14 @@ class Decision:
         rate: the rate in force from now on.
         step: the rate to step with now: `rate`, or zero where the line is not to be trusted yet.
         reason: why.
+        settled: whether the rate may be held for a while, having found where it belongs or moving
+            there slowly.
     """
 
     rate: float
     step: float
     reason: Reason
+    settled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,9 +235,16 @@ class Safeguarded:
     for more than one with a flat line, and no single ratio of small differences decides.
 
     Attributes:
-        smoothing: weight of the past in the averages, in [0, 1); 0 trusts each batch by itself.
+        smoothing: weight of the past in the averages, in [0, 1); 0 trusts each batch by itself. The
+            first fits weigh alike: the slope at the start is many times that of later, and would
+            set the rate for as long as the average remembers it.
         growth: the largest factor by which one measurement raises the rate.
+        slowing: whether that factor falls towards one with the measurements since the last cut, so
+            that the rate rises with a power of their number: warily where training starts, and
+            hardly where a model fits all data, whose loss flattens out without a bound.
         parabola: the running parabola, per unit of rate.
+        fits: how many fits are in it.
+        calm: measurements since the last cut of the rate.
         level: the running mean of the absolute loss, the scale of what is a large change.
         reach: the least distance of the probes at which the losses differ by more than rounding.
         strikes: how many fits in a row contradicted the running parabola.
@@ -244,7 +254,10 @@ class Safeguarded:
 
     smoothing: float
     growth: float
+    slowing: bool = False
     parabola: Parabola = Parabola(0.0, 0.0)
+    fits: int = 0
+    calm: int = 0
     level: float = 0.0
     reach: float = 0.0
     strikes: int = 0
@@ -252,8 +265,10 @@ class Safeguarded:
 
     SHRINK = 0.1
     """The smallest factor by which one measurement lowers the rate."""
-    TRAIL = 100.0
+    TRAIL = 300.0
     """However slowly it grows, the rate stays within this factor of the minimiser."""
+    SLOWLY = 1.1
+    """A rate that rises by no more than this factor need not be measured again at once."""
     CREDIT = 0.02
     """The part of the growth that is allowed while promises are not believed."""
     STRIKES = 10
@@ -292,35 +307,46 @@ class Safeguarded:
         if bend <= points.rounding:
             return self._beyond_rounding(rate, points)
 
-        parabola, strikes = self._average(fit)
+        parabola, fits, strikes = self._average(fit)
         reach = points.radius * math.sqrt(self.SIGNAL * points.rounding / bend)
         level = self._level(abs(points.centre))
-        ledger, share, growth = self.ledger, 1.0, self.growth
+        calm = self.calm + 1
+        ledger, share, believed = self.ledger, 1.0, True
+        excess = (self.growth - 1.0) / (calm if self.slowing else 1)
         if ledger is not None:
             promise = max(0.0, rate * (fit.slope - fit.curvature * rate))
             ledger = (ledger if self.level else Ledger.open(points.centre)).book(
                 points.centre, promise
             )
-            share = ledger.share
-            if not ledger.believed:
-                growth = 1.0 + self.CREDIT * (growth - 1.0)
+            share, believed = ledger.share, ledger.believed
         tracked = replace(
-            self, parabola=parabola, level=level, reach=reach, strikes=strikes, ledger=ledger
+            self,
+            parabola=parabola,
+            fits=fits,
+            calm=calm,
+            level=level,
+            reach=reach,
+            strikes=strikes,
+            ledger=ledger,
         )
-        limit = _clamp(rate * growth)
+        cut = replace(tracked, calm=0)
+        limit = _clamp(rate * (1.0 + (1.0 if believed else self.CREDIT) * excess))
         if parabola.slope <= 0.0:
-            return tracked, Decision(_clamp(rate / self.growth), 0.0, Reason.ASCENT)
+            return cut, Decision(_clamp(rate / self.growth), 0.0, Reason.ASCENT)
         if parabola.curvature <= 0.0:
             return tracked, Decision(limit, limit, Reason.CONCAVE)
         minimiser = _clamp(share * parabola.minimiser)
         if minimiser > limit:
             # The step is one that the probes can vouch for, the next probes go further.
-            trailing = minimiser / self.TRAIL if growth == self.growth else 0.0
-            return tracked, Decision(max(limit, trailing), limit, Reason.GROWN)
+            trailing = minimiser / self.TRAIL if believed else 0.0
+            return tracked, Decision(
+                max(limit, trailing), limit, Reason.GROWN, settled=limit <= self.SLOWLY * rate
+            )
         if minimiser < rate * self.SHRINK:
-            return tracked, Decision(_clamp(rate * self.SHRINK), 0.0, Reason.SHRUNK)
-        step = minimiser if minimiser >= 0.5 * rate else 0.0
-        return tracked, Decision(minimiser, step, Reason.MINIMUM)
+            return cut, Decision(_clamp(rate * self.SHRINK), 0.0, Reason.SHRUNK)
+        if minimiser < 0.5 * rate:
+            return cut, Decision(minimiser, 0.0, Reason.MINIMUM)
+        return tracked, Decision(minimiser, minimiser, Reason.MINIMUM, settled=True)
 
     def _retreat(
         self, rate: float, points: Points, hint: float, reason: Reason
@@ -331,36 +357,35 @@ class Safeguarded:
         """
         if points.radius <= rate:
             rate = _clamp(rate * min(max(hint / rate, self.SHRINK), 0.5))
-        return replace(self, reach=0.0), Decision(rate, 0.0, reason)
+        return replace(self, reach=0.0, calm=0), Decision(rate, 0.0, reason)
 
     def _beyond_rounding(self, rate: float, points: Points) -> tuple[Safeguarded, Decision]:
         """No curvature shows: sends the probes further out.
 
-        A step whose whole effect drowns in rounding is too small and harmless, so the rate follows
-        the probes; where a slope does show, it does not.
+        A step whose whole effect drowns in rounding is too small and harmless, so the first rate
+        follows the probes; where a slope does show, or once did, it does not.
         """
-        if abs(points.plus - points.minus) <= points.rounding:
+        if not self.fits and abs(points.plus - points.minus) <= points.rounding:
             rate = max(rate, _clamp(points.radius))
         return (
             replace(self, reach=_clamp(10.0 * points.radius)),
             Decision(rate, rate, Reason.NOISE),
         )
 
-    def _average(self, fit: Parabola) -> tuple[Parabola, int]:
+    def _average(self, fit: Parabola) -> tuple[Parabola, int, int]:
         """Averages a fit into the running parabola, or lets a fit replace it.
 
         A single fit that contradicts the running parabola may be an outlier, or a batch with hardly
         a loss; many in a row mean that the running one is the remains of a fault.
         """
         past, strikes = self.parabola, 0
-        if fit.descends:
-            if not past.descends:
-                return fit, 0
+        if fit.descends and self.fits:
             near, far = sorted((past.minimiser, fit.minimiser))
-            strikes = self.strikes + 1 if far > 10.0 * near else 0
+            strikes = self.strikes + 1 if far > 10.0 * near or not past.descends else 0
             if strikes == self.STRIKES:
-                return fit, 0
-        return past.blend(fit, 1.0 - self.smoothing), strikes
+                return fit, 1, 0
+        fits = self.fits + 1
+        return past.blend(fit, max(1.0 - self.smoothing, 1.0 / fits)), fits, strikes
 
     def _level(self, loss: float) -> float:
         """Averages the loss; a single huge one counts for no more than ten times the mean."""
