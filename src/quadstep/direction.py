@@ -66,6 +66,13 @@ class NormalisedGradient:
                 if "square" not in own:
                     own["step"] = 0
                     own["square"] = torch.zeros_like(param)
+                elif own["square"].shape != param.shape:
+                    raise ValueError(
+                        f"a parameter has shape {tuple(param.shape)}, but had "
+                        f"{tuple(own['square'].shape)} when its state was made; forget that state "
+                        "with del opt.state[param], or construct LQA anew"
+                    )
+            for own in states:
                 own["step"] += 1
             # A weight that falls from 1 to (1 - decay) keeps the mean unbiased at every step.
             weights = [(1.0 - self.decay) / (1.0 - self.decay ** own["step"]) for own in states]
