@@ -305,6 +305,8 @@ class LQA(Optimizer):
         if "_surroundings" not in vars(self):
             self._surroundings = Surroundings()
 
+        # Its modules may be ones that no closure has run yet.
+        self._surroundings = Surroundings()
     def _share(self) -> None:
         """Makes groups and state those of the wrapped optimizer, which may have replaced them."""
         if isinstance(self._direction, Displacement):
@@ -361,7 +363,7 @@ class LQA(Optimizer):
             warnings.warn(
                 "the closure calls backward() itself, so each probe pays for a backward pass; "
                 "return the loss alone, LQA runs backward",
-                stacklevel=4,
+                stacklevel=6,
             )
         self._closure_runs_backward = True
 
@@ -393,13 +395,18 @@ class LQA(Optimizer):
         def evaluate() -> Tensor:
             before.restore()
             torch.clear_autocast_cache()
-            with torch.set_grad_enabled(self._closure_runs_backward):
+            with (
+                torch.set_grad_enabled(self._closure_runs_backward),
+                self._surroundings.discovering(before, self._devices()),
+            ):
                 probe = closure()
             _check_loss(probe, "closure")
             return probe.detach().reshape(())
 
         radius = self._search.radius(self.rate)
-        rates = (radius, -radius) if loss is None else (radius, 0.0, -radius)
+        audited = self._audits and self._measured % AUDIT == 0
+        again = audited or loss is not None
+        rates = (radius, 0.0, -radius) if again else (radius, -radius)
         # Out of reach of a closure that clears or accumulates gradients.
         grads = [(param, param.grad) for param in self._parameters()]
         for param, _ in grads:
