@@ -27,6 +27,9 @@ from quadstep.parabola import Decision, Exact, Ledger, Points, Reason, Safeguard
 
 STATE_VERSION = 1
 
+CANCELLING = 1 / 64
+"""What is left of the rounding errors of single values in their mean, the loss."""
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -295,6 +298,8 @@ class LQA(Optimizer):
             self._direction.base.add_param_group(param_group)
         else:
             super().add_param_group(param_group)
+        # Its modules may be ones that no closure has run yet.
+        self._surroundings = Surroundings()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in vars(self).items() if key in _PICKLED}
@@ -305,8 +310,6 @@ class LQA(Optimizer):
         if "_surroundings" not in vars(self):
             self._surroundings = Surroundings()
 
-        # Its modules may be ones that no closure has run yet.
-        self._surroundings = Surroundings()
     def _share(self) -> None:
         """Makes groups and state those of the wrapped optimizer, which may have replaced them."""
         if isinstance(self._direction, Displacement):
@@ -337,7 +340,7 @@ class LQA(Optimizer):
         """Evaluates the loss and its gradients, unless the caller has done so."""
         if loss is None:
             self.zero_grad()
-            with torch.enable_grad(), self._surroundings.discovering(before):
+            with torch.enable_grad(), self._surroundings.discovering(before, self._devices()):
                 loss = closure()
             _check_loss(loss, "closure")
             # Gradients were cleared: any that are here now come from the closure itself.
@@ -363,7 +366,7 @@ class LQA(Optimizer):
             warnings.warn(
                 "the closure calls backward() itself, so each probe pays for a backward pass; "
                 "return the loss alone, LQA runs backward",
-                stacklevel=6,
+                stacklevel=4,
             )
         self._closure_runs_backward = True
 
@@ -391,6 +394,9 @@ class LQA(Optimizer):
         if loss is None:
             # What the gradient pass did not draw from, the probes will not either.
             before, after = after.advanced(before)
+        else:
+            # The first probe may be the first closure: buffers found in it belong to both.
+            after.buffers = before.buffers
 
         def evaluate() -> Tensor:
             before.restore()
@@ -404,9 +410,7 @@ class LQA(Optimizer):
             return probe.detach().reshape(())
 
         radius = self._search.radius(self.rate)
-        audited = self._audits and self._measured % AUDIT == 0
-        again = audited or loss is not None
-        rates = (radius, 0.0, -radius) if again else (radius, -radius)
+        rates = (radius, -radius) if loss is None else (radius, 0.0, -radius)
         # Out of reach of a closure that clears or accumulates gradients.
         grads = [(param, param.grad) for param in self._parameters()]
         for param, _ in grads:
@@ -421,8 +425,15 @@ class LQA(Optimizer):
             losses.insert(1, centre.reshape(()))
         # The one wait for the device.
         minus, middle, plus = map(float, torch.stack(losses).cpu())
-        resolution = torch.finfo(centre.dtype).eps
-        return Points(radius, minus, middle, plus, resolution), len(rates)
+        return Points(radius, minus, middle, plus, self._resolution(losses[0])), len(rates)
+
+    def _resolution(self, loss: Tensor) -> float:
+        """The relative rounding error of a loss, whatever type it was cast to in the end."""
+        types = {param.dtype for param in self._parameters()} | self._surroundings.autocast
+        # Frozen parameters may be quantised to integers.
+        inexact = [dtype for dtype in types if dtype.is_floating_point or dtype.is_complex]
+        computed = max(torch.finfo(dtype).eps for dtype in inexact)
+        return max(torch.finfo(loss.dtype).eps, CANCELLING * computed)
 
     def _move(self, line: Line, decision: Decision) -> None:
         """Moves the parameters from where the line starts and puts the new rate in force."""
