@@ -27,6 +27,9 @@ from quadstep.parabola import Decision, Exact, Ledger, Points, Reason, Safeguard
 
 STATE_VERSION = 1
 
+AUDIT = 100
+"""Of so many measurements one evaluates the loss twice at the same parameters."""
+
 CANCELLING = 1 / 64
 """What is left of the rounding errors of single values in their mean, the loss."""
 
@@ -124,6 +127,7 @@ class LQA(Optimizer):
         self._moves = 0
         self._training = True
         self._closure_runs_backward = False
+        self._audits = True
         self._counts: Counter[Reason] = Counter()
         self._last: tuple[Tensor | None, Reason, int, int] = (None, Reason.HELD, 0, 0)
         self._surroundings = Surroundings()
@@ -366,7 +370,7 @@ class LQA(Optimizer):
             warnings.warn(
                 "the closure calls backward() itself, so each probe pays for a backward pass; "
                 "return the loss alone, LQA runs backward",
-                stacklevel=4,
+                stacklevel=6,
             )
         self._closure_runs_backward = True
 
@@ -410,22 +414,52 @@ class LQA(Optimizer):
             return probe.detach().reshape(())
 
         radius = self._search.radius(self.rate)
-        rates = (radius, -radius) if loss is None else (radius, 0.0, -radius)
+        audited = self._audits and self._measured % AUDIT == 0
+        again = audited or loss is not None
+        rates = (radius, 0.0, -radius) if again else (radius, -radius)
         # Out of reach of a closure that clears or accumulates gradients.
         grads = [(param, param.grad) for param in self._parameters()]
         for param, _ in grads:
             param.grad = None
         try:
             losses = line.losses(evaluate, rates)
+            if audited and loss is not None:
+                # The caller's forward pass may rightly have drawn other numbers.
+                now = self._surroundings.capture(self._devices())
+                audited = not now.advanced(before)[0].generators
         finally:
             for param, grad in grads:
                 param.grad = grad
             after.restore()
-        if loss is None:
-            losses.insert(1, centre.reshape(()))
         # The one wait for the device.
-        minus, middle, plus = map(float, torch.stack(losses).cpu())
-        return Points(radius, minus, middle, plus, self._resolution(losses[0])), len(rates)
+        given, minus, *repeated, plus = map(float, torch.stack([centre.reshape(()), *losses]).cpu())
+        points = Points(
+            radius, minus, given if loss is None else repeated[0], plus, self._resolution(losses[0])
+        )
+        if audited:
+            self._audit(given, repeated[0], points, loss is None)
+        return points, len(rates)
+
+    @property
+    def _measured(self) -> int:
+        return sum(self._counts.values()) - self._counts[Reason.HELD]
+
+    def _audit(self, given: float, repeated: float, points: Points, own: bool) -> None:
+        """Warns once of a closure that returns two losses at the same parameters."""
+        apart = min(100.0 * points.resolution, 0.05) * max(abs(given), abs(repeated))
+        if not abs(given - repeated) > apart:
+            return
+        self._audits = False
+        warnings.warn(
+            f"the closure returned {given:.6g} and then {repeated:.6g} at the same parameters and "
+            "under the same random state, so the measured rates are noise; draw batches, and "
+            "numbers from generators of your own, before step() and not in the closure"
+            if own
+            else f"loss is {given:.6g}, but at the same parameters the closure returned "
+            f"{repeated:.6g}; give as loss what the closure returns: the same batch, unscaled, "
+            "drawn before step() and not in the closure",
+            stacklevel=6,
+        )
 
     def _resolution(self, loss: Tensor) -> float:
         """The relative rounding error of a loss, whatever type it was cast to in the end."""
@@ -467,6 +501,7 @@ class LQA(Optimizer):
 
 _PICKLED = frozenset(
     (
+        "_audits",
         "_averaging",
         "_closure_runs_backward",
         "_counts",
