@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
@@ -26,6 +26,9 @@ from quadstep.line import Closure, Line, Moment, Surroundings
 from quadstep.parabola import Decision, Exact, Ledger, Points, Reason, Safeguarded
 
 STATE_VERSION = 1
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""What turns LQA's own part of a state of each older version into that of the next."""
 
 AUDIT = 100
 """Of so many measurements one evaluates the loss twice at the same parameters."""
@@ -568,9 +571,11 @@ def _saved(state_dict: dict[str, Any]) -> dict[str, Any]:
             "state_dict was not saved by LQA: its first param group has no entry 'lqa'; "
             "load it into the optimizer that saved it"
         )
-    if saved["version"] != STATE_VERSION:
+    if saved["version"] > STATE_VERSION:
         raise ValueError(
-            f"state_dict has version {saved['version']}, this quadstep reads {STATE_VERSION}; "
-            "load it with the quadstep that saved it"
+            f"state_dict has version {saved['version']}, newer than {STATE_VERSION}, the newest "
+            "that this quadstep reads; load it with the quadstep that saved it, or a newer one"
         )
+    while saved["version"] < STATE_VERSION:
+        saved = UPGRADES[saved["version"]](saved)
     return saved
