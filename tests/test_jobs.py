@@ -550,6 +550,41 @@ class Still:
         return self, Decision(rate, 0.0, Reason.MINIMUM)
 
 
+class TestAccelerators:
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_a_measuring_step_looks_before_any_state_advances(
+        self, configuration, bad, monkeypatch
+    ):
+        """Where looking means waiting a held step does not look, a measuring one does."""
+        monkeypatch.setattr(optimizer, "_at_hand", lambda tensor: False)
+        task = noisy_classification()
+        opt = configuration(task.model.parameters())
+        opt.step(task.closure())
+        while opt._wait:
+            opt.step(task.closure())
+        before, state = values(task.model), copy.deepcopy(opt.state_dict()["state"])
+        hook = task.model[0].weight.register_hook(lambda grad: grad * bad)
+        opt.step(task.closure())
+        hook.remove()
+        assert opt.report.reason is Reason.NON_FINITE
+        assert identical(before, values(task.model))
+        assert same(opt.state_dict()["state"], state)
+        for step in range(20):
+            opt.step(task.closure(step))
+        assert opt.report.reason is not Reason.NON_FINITE
+        assert math.isfinite(full_loss(task))
+
+    def test_a_held_step_does_not_look(self, monkeypatch):
+        monkeypatch.setattr(optimizer, "_at_hand", lambda tensor: False)
+        task = classification()
+        opt = LQA(task.model.parameters())
+        while not opt._wait:
+            opt.step(task.closure())
+        monkeypatch.setattr(opt, "_finite", None)
+        opt.step(task.closure())
+        assert opt.report.reason is Reason.HELD
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize("saving", CONFIGURATIONS)
     @pytest.mark.parametrize("loading", CONFIGURATIONS)

@@ -207,7 +207,8 @@ class LQA(Optimizer):
         before = self._surroundings.capture(self._devices() if due else None)
         try:
             centre = self._gradient_pass(closure, loss, before)
-            if not self._finite(centre):
+            # Elsewhere looking means waiting, which a held step does not.
+            if (due or _at_hand(centre)) and not self._finite(centre):
                 before.restore_buffers()
                 return self._finish(centre, Decision(rate, 0.0, Reason.NON_FINITE), own)
             keep = due or self._averaging is not None
@@ -378,16 +379,16 @@ class LQA(Optimizer):
         self._closure_runs_backward = True
 
     def _finite(self, loss: Tensor) -> bool:
-        """Whether loss and gradients are finite; on accelerators only a measurement looks."""
-        if loss.device.type != "cpu":
-            return True
-        if not math.isfinite(loss):
-            return False
+        """Whether loss and gradients are finite; must be known before any state advances."""
         grads = [param.grad for param in self._parameters() if param.grad is not None]
         dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
         # Extremes carry every inf and nan, and on the CPU they cost a fraction of a norm.
         extremes = [torch.aminmax(grad) for grad in real(dense) if grad.numel()]
-        return all(math.isfinite(low) and math.isfinite(high) for low, high in extremes)
+        values = [loss.reshape(()), *(value for pair in extremes for value in pair)]
+        if not _at_hand(loss):
+            # All together, so that the device is waited for once.
+            values = [*torch.stack([value.to(loss.device) for value in values]).cpu()]
+        return all(map(math.isfinite, values))
 
     def _measure(
         self, closure: Closure, loss: Tensor | None, centre: Tensor, line: Line, before: Moment
@@ -517,6 +518,11 @@ _PICKLED = frozenset(
         "_wait",
     )
 )
+
+
+def _at_hand(tensor: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def _check_base(base: Optimizer, direction: str | None, delta0: float | None) -> None:
