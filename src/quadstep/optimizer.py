@@ -188,7 +188,8 @@ class LQA(Optimizer):
         Args:
             closure: runs the model forward on this step's batch and returns the loss, a scalar
                 tensor. It is called with gradients enabled once, and twice more without where the
-                step measures.
+                step measures; the first and every hundredth measurement take one more call, to see
+                that it returns the same loss at the same parameters.
             loss: for the two-phase use: the caller has run `loss.backward()` already, the
                 gradients are taken as they are and the closure is only probed (three times where
                 the step measures). Must be what the closure returns at the same parameters.
