@@ -172,6 +172,18 @@ class TestMixedPrecision:
         opt.eval()
         assert full_loss(task) < 0.6 * first
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_parameters_without_a_slope_stay_in_half_precision(self, dtype):
+        """The mean square of a small gradient is zero in float16, and so is 1e-8."""
+        torch.manual_seed(0)
+        table = nn.Embedding(6, 4, dtype=dtype)
+        opt = LQA(table.parameters())
+        unused = table.weight[5].clone()
+        for _ in range(30):
+            opt.step(lambda: 1.0 + table(torch.arange(5)).float().square().mean() / 100)
+            assert table.weight.isfinite().all()
+        assert torch.equal(unused, table.weight[5])
+
 
 class TestTwoPhases:
     def test_buffers_are_updated_once_without_any_step_in_one_phase(self, configuration):

@@ -80,7 +80,9 @@ class NormalisedGradient:
             torch._foreach_mul_(squares, [1.0 - weight for weight in weights])
             torch._foreach_addcmul_(squares, block.direction, block.direction, weights)
             roots = torch._foreach_sqrt(squares)
-            torch._foreach_add_(roots, self.eps)
+            # In half precision 1e-8 is zero, and so is the square of a small gradient.
+            tiny = [torch.finfo(root.dtype).tiny for root in roots]
+            torch._foreach_add_(roots, [max(self.eps, least) for least in tiny])
             torch._foreach_reciprocal_(roots)
             torch._foreach_mul_(roots, block.direction)
             block.direction = list(roots)
