@@ -110,7 +110,7 @@ def soak(
         names: The configurations.
 
     Returns:
-        The file. Its `rows` hold the `faults` of each kind, after how many of them anything was
+        The file. Its `rows` hold the `faults` of each kind that struck, after how many anything was
         not as before (`traces`), the final `loss` over the training set beside those of the runs
         without faults (`fault_free`), and the `memory` of the process in MiB, read at equal
         intervals of the run under faults.
@@ -126,7 +126,7 @@ def soak(
     surroundings = environment(threads=1, device="cpu")
     rows: list[Row] = []
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("", total=len(names) * (seeds + 1) * steps)
+        bar = progress.add_task("", total=len(names) * (seeds + 1) * SAMPLES)
         for name in names:
             progress.update(bar, description=name)
 
@@ -151,18 +151,24 @@ def _train(job: _Job, steps: int, dice: random.Random | None, advance: Callable[
     for step in range(steps):
         if dice is not None and dice.random() < ODDS:
             kind = dice.choice(KINDS)
-            traces += not _survive(job, kind, call=dice.choice((1, 2, 3)))
-            faults[kind] += 1
+            survived = _survive(job, kind, call=dice.choice((1, 2, 3)))
+            faults[kind] += survived is not None
+            traces += survived is False
         else:
             job.optimizer.step(job.closure())
         if (step + 1) % max(1, steps // SAMPLES) == 0:
             memory.append(_resident())
-        advance()
+            advance()
     return {"faults": dict(faults), "traces": traces, "memory": memory, "loss": job.loss()}
 
 
-def _survive(job: _Job, kind: str, call: int) -> bool:
-    """Takes a step in which something goes wrong; says whether it left everything as it was."""
+def _survive(job: _Job, kind: str, call: int) -> bool | None:
+    """Takes a step in which something goes wrong in one of the calls of the closure.
+
+    Returns:
+        Whether that left everything as it was; `None` if nothing went wrong: a step that holds the
+        rate calls once, and a probe has no gradients.
+    """
     if kind == "reload":
         before = job.tensors()
         job.reload()
@@ -191,9 +197,8 @@ def _survive(job: _Job, kind: str, call: int) -> bool:
         job.optimizer.step(closure)
     except (_Exception, _Interrupt):
         return _same(before, job.tensors())
-    # Steps that only hold the rate never get to the later calls, and probes have no gradients.
     if not struck or (kind == "gradient" and call > 1):
-        return True
+        return None
     undone = job.optimizer.report.reason is Reason.NON_FINITE
     return undone and _same(before, job.tensors())
 
