@@ -373,6 +373,15 @@ class TestParameters:
         # The raw gradient of a product that starts at zero is slow, with any rate.
         assert loss(0, 256).item() < start
 
+    def test_frozen_parameters_may_be_quantised(self, configuration):
+        task = classification()
+        codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+        opt = configuration([codes, *task.model.parameters()])
+        for step in range(12):
+            opt.step(task.closure(step))
+        assert torch.equal(codes, torch.ones(3, dtype=torch.int8))
+        assert opt.report.reason is not Reason.NON_FINITE
+
     def test_parameters_that_get_a_gradient_only_sometimes(self, configuration):
         torch.manual_seed(0)
         task = classification()

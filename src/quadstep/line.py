@@ -162,20 +162,22 @@ class Surroundings:
         self._generators: list[RandomSource] | None = None
 
     @contextmanager
-    def discovering(self, moment: Moment, devices: Iterable[torch.device] = ()) -> Generator[None]:
+    def discovering(
+        self, moment: Moment, devices: Callable[[], Iterable[torch.device]] = tuple
+    ) -> Generator[None]:
         """Notes which modules run, the first time; adds their untouched buffers to `moment`.
 
         Compiled modules run eagerly meanwhile: a hook that is there once would be compiled in.
 
         Args:
             moment: before the closure runs.
-            devices: where the parameters live; their autocast types are noted.
+            devices: tells where the parameters live; their autocast types are noted.
         """
         if self._modules is not None:
             yield
             return
         seen: set[nn.Module] = set()
-        kinds = {device.type for device in devices}
+        kinds = {device.type for device in devices()}
 
         def note_autocast() -> None:
             self.autocast.update(

@@ -349,7 +349,7 @@ class LQA(Optimizer):
         """Evaluates the loss and its gradients, unless the caller has done so."""
         if loss is None:
             self.zero_grad()
-            with torch.enable_grad(), self._surroundings.discovering(before, self._devices()):
+            with torch.enable_grad(), self._surroundings.discovering(before, self._devices):
                 loss = closure()
             _check_loss(loss, "closure")
             # Gradients were cleared: any that are here now come from the closure itself.
@@ -412,7 +412,7 @@ class LQA(Optimizer):
             torch.clear_autocast_cache()
             with (
                 torch.set_grad_enabled(self._closure_runs_backward),
-                self._surroundings.discovering(before, self._devices()),
+                self._surroundings.discovering(before, self._devices),
             ):
                 probe = closure()
             _check_loss(probe, "closure")
