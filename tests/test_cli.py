@@ -44,6 +44,7 @@ def results(tmp_path) -> Path:
         "bench cost",
         "bench restore",
         "bench suite",
+        "bench soak",
         "figures",
         "claims",
     ],
@@ -179,8 +180,8 @@ def test_bench(run, monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench, "TRIPS", (1,))
     out = tmp_path / "bench"
-    for command in ("cost --models logistic", "restore"):
-        status, output, _ = run("bench", *command.split(), "--rounds", "1", "--out", out)
+    for command in ("cost --models logistic --rounds 1", "restore --rounds 1", "soak --steps 20"):
+        status, output, _ = run("bench", *command.split(), "--out", out)
         assert status == 0
         assert output.splitlines()[-1] == str(out / f"{command.split()[0]}.json")
     assert {row["model"] for row in gather_evidence([], tmp_path).costs} == {"logistic"}

@@ -270,7 +270,10 @@ def counted():
 
 
 def check_what_is_sent(_):
-    """On the CPU a flag at every step, and the three losses together where it measures."""
+    """On the CPU a flag at every step, and all losses together where it measures.
+
+    They are three, and four at the first measurement, which evaluates the centre twice.
+    """
     for parallelise in (DistributedDataParallel, sharded):
         task = classification()
         model = parallelise(task.model)
@@ -279,8 +282,9 @@ def check_what_is_sent(_):
             due = opt._wait == 0
             with counted() as sent:
                 train(opt, model, task, [step])
-            assert sent == ([1, 3] if due else [1])
-            assert opt.report.forwards == (3 if due else 1)
+            losses = 4 if step == 0 else 3
+            assert sent == ([1, losses] if due else [1])
+            assert opt.report.forwards == (losses if due else 1)
 
 
 class Fixed:
@@ -348,9 +352,8 @@ def check_one_dropout_mask_for_each_rank(_):
         for step in range(3):
             masks.clear()
             train(opt, model, task, [step])
-            assert len(masks) == 3
-            assert torch.equal(masks[0], masks[1])
-            assert torch.equal(masks[0], masks[2])
+            assert len(masks) == opt.report.forwards >= 3
+            assert all(torch.equal(masks[0], mask) for mask in masks)
         gathered = [torch.empty_like(masks[0]) for _ in range(size())]
         dist.all_gather(gathered, masks[0])
         assert not torch.equal(gathered[0], gathered[1])
@@ -734,6 +737,7 @@ def test_the_page_on_distributed_training_runs_as_it_stands(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rates = re.findall("rate (.*) on rank", done.stdout)
+    # Processes may write into each other's lines.
+    rates = re.findall(r"rate ([\d.e-]+)", done.stdout)
     assert len(rates) == 2
     assert rates[0] == rates[1]

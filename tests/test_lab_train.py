@@ -83,7 +83,8 @@ def test_lqa_records_its_rates_reasons_and_passes(tmp_path: Path, name: str) -> 
     assert last.rate["min"] <= last.rate["median"] <= last.rate["max"]
     assert last.backwards == 3 * STEPS
     if name == "lqa-paper":
-        assert last.forwards == 3 * last.backwards
+        # The first measurement looks twice whether the closure repeats itself.
+        assert last.forwards == 3 * last.backwards + 1
 
 
 def test_nothing_is_classified_where_numbers_are_predicted(tmp_path: Path) -> None:

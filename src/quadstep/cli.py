@@ -209,6 +209,18 @@ def suite(
         print(path)
 
 
+@bench.command()
+def soak(
+    steps: Annotated[int, typer.Option(min=10, help="How many steps a run takes.")] = 20_000,
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs without faults.")] = 3,
+    out: BenchOption = Path("results/bench"),
+) -> None:
+    """Trains under injected faults: what they leave, the memory taken, the loss reached."""
+    from quadstep.lab import soak
+
+    print(soak.soak(out, Console(), steps=steps, seeds=seeds))
+
+
 @app.command()
 def figures(
     records: RecordsOption = Path("results/records"),

@@ -72,6 +72,13 @@ class NormalisedGradient:
                 if "square" not in own:
                     own["step"] = 0
                     own["square"] = torch.zeros_like(param)
+                elif own["square"].shape != param.shape:
+                    raise ValueError(
+                        f"a parameter has shape {tuple(param.shape)}, but had "
+                        f"{tuple(own['square'].shape)} when its state was made; forget that state "
+                        "with del opt.state[param], or construct LQA anew"
+                    )
+            for own in states:
                 own["step"] += 1
             # A weight that falls from 1 to (1 - decay) keeps the mean unbiased at every step.
             weights = [(1.0 - self.decay) / (1.0 - self.decay ** own["step"]) for own in states]
@@ -79,7 +86,9 @@ class NormalisedGradient:
             torch._foreach_mul_(squares, [1.0 - weight for weight in weights])
             torch._foreach_addcmul_(squares, block.direction, block.direction, weights)
             roots = torch._foreach_sqrt(squares)
-            torch._foreach_add_(roots, self.eps)
+            # In half precision 1e-8 is zero, and so is the square of a small gradient.
+            tiny = [torch.finfo(root.dtype).tiny for root in roots]
+            torch._foreach_add_(roots, [max(self.eps, least) for least in tiny])
             torch._foreach_reciprocal_(roots)
             torch._foreach_mul_(roots, block.direction)
             block.direction = list(roots)
@@ -122,8 +131,7 @@ def _limit(blocks: list[Block]) -> None:
     """Scales the directions together to a root mean square of at most one."""
     size = sum(part.numel() for block in blocks for part in block.direction)
     norms = [whole(get_total_norm(block.direction)) for block in blocks]
-    norm = torch.linalg.vector_norm(torch.stack([part.to(norms[0].device) for part in norms]))
-    excess = (norm / max(1, size) ** 0.5).clamp(min=1.0)
+    excess = (get_total_norm(norms) / max(1, size) ** 0.5).clamp(min=1.0)
     for block, part in zip(blocks, norms, strict=True):
         torch._foreach_div_(local(block.direction), excess.to(part.device))
 

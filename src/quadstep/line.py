@@ -94,6 +94,8 @@ class Line:
         try:
             for rate in rates:
                 self.move(rate)
+                # Whatever a closure itself does to the parameters goes, too.
+                self._displaced = True
                 losses.append(evaluate())
         finally:
             self.restore()
@@ -191,24 +193,41 @@ class Surroundings:
 
     An optimizer is given parameters, not modules, so the modules that matter are those seen to run
     during the first closure.
+
+    Attributes:
+        autocast: the types that autocast was seen to compute in.
     """
 
     def __init__(self) -> None:
+        self.autocast: set[torch.dtype] = set()
         self._modules: list[weakref.ref[nn.Module]] | None = None
         self._generators: list[RandomSource] | None = None
 
     @contextmanager
-    def discovering(self, moment: Moment) -> Generator[None]:
+    def discovering(
+        self, moment: Moment, devices: Callable[[], Iterable[torch.device]] = tuple
+    ) -> Generator[None]:
         """Notes which modules run, the first time; adds their untouched state to `moment`.
 
         Compiled modules run eagerly meanwhile: a hook that is there once would be compiled in.
+
+        Args:
+            moment: before the closure runs.
+            devices: tells where the parameters live; their autocast types are noted.
         """
         if self._modules is not None:
             yield
             return
         seen: set[nn.Module] = set()
+        kinds = {device.type for device in devices()}
+
+        def note_autocast() -> None:
+            self.autocast.update(
+                torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)
+            )
 
         def note(module: nn.Module, _: object) -> None:
+            note_autocast()
             if module not in seen:
                 fresh = [part for part in module.modules() if part not in seen]
                 seen.update(fresh)
@@ -217,6 +236,7 @@ class Surroundings:
                 # The parameters may have moved since FSDP gathered them to validate.
                 _reshard(fresh)
 
+        note_autocast()
         hook = nn.modules.module.register_module_forward_pre_hook(note)
         try:
             with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -29,6 +29,15 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 STATE_VERSION = 1
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""What turns LQA's own part of a state of each older version into that of the next."""
+
+AUDIT = 100
+"""Of so many measurements one evaluates the loss twice at the same parameters."""
+
+CANCELLING = 1 / 64
+"""What is left of the rounding errors of single values in their mean, the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +137,7 @@ class LQA(Optimizer):
         self._moves = 0
         self._training = True
         self._closure_runs_backward = False
+        self._audits = True
         self._counts: Counter[Reason] = Counter()
         self._last: tuple[Tensor | None, Reason, int, int] = (None, Reason.HELD, 0, 0)
         self._surroundings = Surroundings()
@@ -190,7 +200,8 @@ class LQA(Optimizer):
         Args:
             closure: runs the model forward on this step's batch and returns the loss, a scalar
                 tensor. It is called with gradients enabled once, and twice more without where the
-                step measures.
+                step measures; the first and every hundredth measurement take one more call, to see
+                that it returns the same loss at the same parameters.
             loss: for the two-phase use: the caller has run `loss.backward()` already, the
                 gradients are taken as they are and the closure is only probed (three times where
                 the step measures). Must be what the closure returns at the same parameters.
@@ -211,7 +222,8 @@ class LQA(Optimizer):
         before = self._surroundings.capture(self._devices() if due else None)
         try:
             centre = self._gradient_pass(closure, loss, before)
-            if not self._finite(centre):
+            # Elsewhere looking means waiting, which a held step does not.
+            if (due or _at_hand(centre)) and not self._finite(centre):
                 before.restore_buffers()
                 return self._finish(centre, Decision(rate, 0.0, Reason.NON_FINITE), own)
             keep = due or self._averaging is not None
@@ -312,6 +324,8 @@ class LQA(Optimizer):
             self._direction.base.add_param_group(param_group)
         else:
             super().add_param_group(param_group)
+        # Its modules may be ones that no closure has run yet.
+        self._surroundings = Surroundings()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in vars(self).items() if key in _PICKLED}
@@ -369,7 +383,7 @@ class LQA(Optimizer):
         """Evaluates the loss and its gradients, unless the caller has done so."""
         if loss is None:
             self.zero_grad()
-            with torch.enable_grad(), self._surroundings.discovering(before):
+            with torch.enable_grad(), self._surroundings.discovering(before, self._devices):
                 loss = closure()
             _check_loss(loss, "closure")
             # Gradients were cleared: any that are here now come from the closure itself.
@@ -395,25 +409,25 @@ class LQA(Optimizer):
             warnings.warn(
                 "the closure calls backward() itself, so each probe pays for a backward pass; "
                 "return the loss alone, LQA runs backward",
-                stacklevel=4,
+                stacklevel=6,
             )
         self._closure_runs_backward = True
 
     def _finite(self, loss: Tensor) -> bool:
-        """Whether loss and gradients are finite; on accelerators only a measurement looks.
+        """Whether loss and gradients are finite; must be known before any state advances.
 
         Processes see losses and shards of gradients of their own, and all must take one branch.
         """
-        if loss.device.type != "cpu":
-            return True
         grads = [param.grad for param in self._parameters() if param.grad is not None]
         dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in local(grads)]
         # Extremes carry every inf and nan, and on the CPU they cost a fraction of a norm.
-        extremes = (torch.aminmax(grad) for grad in real(dense) if grad.numel())
-        finite = math.isfinite(loss) and all(
-            math.isfinite(low) and math.isfinite(high) for low, high in extremes
-        )
-        return rank_mean(torch.tensor([float(finite)]), self._process_group) == [1.0]
+        extremes = [torch.aminmax(grad) for grad in real(dense) if grad.numel()]
+        values = [_scalar(loss), *(value for pair in extremes for value in pair)]
+        if not _at_hand(loss):
+            # All together, so that the device is waited for once.
+            values = [*torch.stack([value.to(loss.device) for value in values]).cpu()]
+        finite = torch.tensor([float(all(map(math.isfinite, values)))], device=loss.device)
+        return rank_mean(finite, self._process_group) == [1.0]
 
     def _measure(
         self, closure: Closure, loss: Tensor | None, centre: Tensor, line: Line, before: Moment
@@ -433,30 +447,69 @@ class LQA(Optimizer):
             torch.clear_autocast_cache()
             with (
                 torch.set_grad_enabled(self._closure_runs_backward),
-                self._surroundings.discovering(before),
+                self._surroundings.discovering(before, self._devices),
             ):
                 probe = closure()
             _check_loss(probe, "closure")
-            return whole(probe.detach()).reshape(())
+            return _scalar(probe)
 
         radius = self._search.radius(self.rate)
-        rates = (radius, -radius) if loss is None else (radius, 0.0, -radius)
+        audited = self._audits and self._measured % AUDIT == 0
+        again = audited or loss is not None
+        rates = (radius, 0.0, -radius) if again else (radius, -radius)
         # Out of reach of a closure that clears or accumulates gradients.
         grads = [(param, param.grad) for param in self._parameters()]
         for param, _ in grads:
             param.grad = None
         try:
             losses = line.losses(evaluate, rates)
+            if audited and loss is not None:
+                # The caller's forward pass may rightly have drawn other numbers.
+                now = self._surroundings.capture(self._devices())
+                audited = not now.advanced(before)[0].generators
         finally:
             for param, grad in grads:
                 param.grad = grad
             after.restore()
-        if loss is None:
-            losses.insert(1, centre.reshape(()))
         # The one wait for the device.
-        minus, middle, plus = rank_mean(torch.stack(losses), self._process_group)
-        resolution = torch.finfo(centre.dtype).eps
-        return Points(radius, minus, middle, plus, resolution), len(rates)
+        given, minus, *repeated, plus = rank_mean(
+            torch.stack([_scalar(centre), *losses]), self._process_group
+        )
+        points = Points(
+            radius, minus, given if loss is None else repeated[0], plus, self._resolution(losses[0])
+        )
+        if audited:
+            self._audit(given, repeated[0], points, loss is None)
+        return points, len(rates)
+
+    @property
+    def _measured(self) -> int:
+        return sum(self._counts.values()) - self._counts[Reason.HELD]
+
+    def _audit(self, given: float, repeated: float, points: Points, own: bool) -> None:
+        """Warns once of a closure that returns two losses at the same parameters."""
+        apart = min(100.0 * points.resolution, 0.05) * max(abs(given), abs(repeated))
+        if not abs(given - repeated) > apart:
+            return
+        self._audits = False
+        warnings.warn(
+            f"the closure returned {given:.6g} and then {repeated:.6g} at the same parameters and "
+            "under the same random state, so the measured rates are noise; draw batches, and "
+            "numbers from generators of your own, before step() and not in the closure"
+            if own
+            else f"loss is {given:.6g}, but at the same parameters the closure returned "
+            f"{repeated:.6g}; give as loss what the closure returns: the same batch, unscaled, "
+            "drawn before step() and not in the closure",
+            stacklevel=6,
+        )
+
+    def _resolution(self, loss: Tensor) -> float:
+        """The relative rounding error of a loss, whatever type it was cast to in the end."""
+        types = {param.dtype for param in self._parameters()} | self._surroundings.autocast
+        # Frozen parameters may be quantised to integers.
+        inexact = [dtype for dtype in types if dtype.is_floating_point or dtype.is_complex]
+        computed = max(torch.finfo(dtype).eps for dtype in inexact)
+        return max(torch.finfo(loss.dtype).eps, CANCELLING * computed)
 
     def _move(self, line: Line, decision: Decision) -> None:
         """Moves the parameters from where the line starts and puts the new rate in force."""
@@ -490,6 +543,7 @@ class LQA(Optimizer):
 
 _PICKLED = frozenset(
     (
+        "_audits",
         "_averaging",
         "_closure_runs_backward",
         "_counts",
@@ -503,6 +557,16 @@ _PICKLED = frozenset(
         "_wait",
     )
 )
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    """A loss without history or dimensions, whole on every process."""
+    return whole(loss.detach()).reshape(())
+
+
+def _at_hand(tensor: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def _check_base(base: Optimizer, direction: str | None, delta0: float | None) -> None:
@@ -557,9 +621,11 @@ def _saved(state_dict: dict[str, Any]) -> dict[str, Any]:
             "state_dict was not saved by LQA: its first param group has no entry 'lqa'; "
             "load it into the optimizer that saved it"
         )
-    if saved["version"] != STATE_VERSION:
+    if saved["version"] > STATE_VERSION:
         raise ValueError(
-            f"state_dict has version {saved['version']}, this quadstep reads {STATE_VERSION}; "
-            "load it with the quadstep that saved it"
+            f"state_dict has version {saved['version']}, newer than {STATE_VERSION}, the newest "
+            "that this quadstep reads; load it with the quadstep that saved it, or a newer one"
         )
+    while saved["version"] < STATE_VERSION:
+        saved = UPGRADES[saved["version"]](saved)
     return saved
