@@ -190,7 +190,7 @@ class LQA(Optimizer):
             reason=reason,
             forwards=forwards,
             backwards=backwards,
-            counts=dict(self._counts),
+            counts={reason: self._counts[reason] for reason in Reason if self._counts[reason]},
         )
 
     @torch.no_grad()
