@@ -131,7 +131,11 @@ def _limit(blocks: list[Block]) -> None:
     """Scales the directions together to a root mean square of at most one."""
     size = sum(part.numel() for block in blocks for part in block.direction)
     norms = [whole(get_total_norm(block.direction)) for block in blocks]
-    excess = (get_total_norm(norms) / max(1, size) ** 0.5).clamp(min=1.0)
+    norm = norms[0] if len(norms) == 1 else get_total_norm(norms)
+    excess = (norm / max(1, size) ** 0.5).clamp(min=1.0)
+    if excess.device.type == "cpu" and excess <= 1.0:
+        # Known at once there; elsewhere looking would mean waiting.
+        return
     for block, part in zip(blocks, norms, strict=True):
         torch._foreach_div_(local(block.direction), excess.to(part.device))
 
