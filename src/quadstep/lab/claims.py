@@ -5,7 +5,6 @@ before the runs.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from quadstep.lab.curves import FIGURES, describe, title
-from quadstep.lab.records import Record, RecordError, markdown_table, replacing, write_json
+from quadstep.lab.records import (
+    Record,
+    RecordError,
+    finite,
+    markdown_table,
+    replacing,
+    write_json,
+)
 from quadstep.lab.rules import (
     EVERY,
     LAST_QUARTER,
@@ -247,16 +253,13 @@ def measure(evidence: Evidence) -> Verdicts:
 def write(evidence: Evidence, verdicts: Verdicts, out: Path) -> tuple[Path, Path]:
     """Writes the verdicts as a page, `CLAIMS.md`, and as `claims.json`."""
     page, data = out / "CLAIMS.md", out / "claims.json"
-    write_json([_row(*verdict) for verdict in verdicts], data)
+    write_json(finite([_row(*verdict) for verdict in verdicts]), data)
     with replacing(page) as file:
         file.write(_page(evidence, verdicts).encode())
     return page, data
 
 
 def _row(claim: Claim, results: Mapping[str, Result]) -> dict[str, Any]:
-    def finite(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
     return {
         "id": claim.id,
         "paper": claim.paper,
@@ -265,10 +268,7 @@ def _row(claim: Claim, results: Mapping[str, Result]) -> dict[str, Any]:
         "competitors_only": claim.rule.competitors,
     } | {
         name: {
-            "value": {
-                check.name: {subject: finite(value) for subject, value in check.values.items()}
-                for check in result.checks
-            },
+            "value": {check.name: dict(check.values) for check in result.checks},
             "n": result.n,
             "verdict": result.verdict,
         }

@@ -263,13 +263,22 @@ def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Writes a line of JSON a row, whole or not at all."""
     with replacing(path) as file:
         for row in rows:
-            file.write(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
+            file.write(json.dumps(finite(row), allow_nan=False).encode() + b"\n")
 
 
 def write_json(value: Any, path: Path) -> None:
     """Writes a value as JSON to be read by people too, whole or not at all."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """Replaces the numbers that JSON does not have by null, however deep in dicts and lists."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [finite(item) for item in cast(list[Any], value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -298,14 +307,6 @@ def replacing(path: Path) -> Generator[BinaryIO]:
             f"cannot write {path}: {error.strerror}. What was there before is untouched; mend that "
             "and run the same command again to go on from there",
         ) from error
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in cast(dict[str, Any], value).items()}
-    return value
 
 
 def _broken(path: Path, line: int, problem: str) -> RecordError:

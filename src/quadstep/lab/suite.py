@@ -18,6 +18,7 @@ from quadstep.lab.records import (
     Config,
     Record,
     RecordError,
+    finite,
     markdown_table,
     replacing,
     write_json,
@@ -356,10 +357,10 @@ def _level(ratios: Sequence[float]) -> tuple[bool, str]:
 
 
 def _speed(reached: Sequence[float]) -> tuple[bool, str]:
-    finite = [value for value in reached if math.isfinite(value)]
-    mean = float(np.exp(np.mean(np.log(finite)))) if finite else math.inf
-    words = f"{_share(mean)} of the steps where it is reached, on {len(finite)} of {len(reached)}"
-    return len(finite) == len(reached) and mean <= FASTER, f"{words} tasks"
+    known = [value for value in reached if math.isfinite(value)]
+    mean = float(np.exp(np.mean(np.log(known)))) if known else math.inf
+    words = f"{_share(mean)} of the steps where it is reached, on {len(known)} of {len(reached)}"
+    return len(known) == len(reached) and mean <= FASTER, f"{words} tasks"
 
 
 def _ahead(shares: Mapping[str, tuple[int, int]]) -> tuple[bool, str]:
@@ -399,7 +400,7 @@ def write(outcomes: Sequence[Outcome], out: Path) -> list[Path]:
         "goals": [asdict(goal) for goal in goals(outcomes)],
         "tasks": [asdict(outcome) for outcome in outcomes],
     }
-    write_json(_finite(rows), values)
+    write_json(finite(rows), values)
     return [report, values]
 
 
@@ -539,15 +540,6 @@ def _times(value: float) -> str:
 
 def _share(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "∞"
-
-
-def _finite(value: Any) -> Any:
-    """Replaces numbers that JSON does not have by none."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}  # pyright: ignore
-    if isinstance(value, list):
-        return [_finite(item) for item in value]  # pyright: ignore
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _READING = f"""
