@@ -307,7 +307,8 @@ class Safeguarded:
         if bend <= points.rounding:
             return self._beyond_rounding(rate, points)
 
-        parabola, fits, strikes = self._average(fit)
+        averaged = self._average(fit)
+        parabola = averaged.parabola
         reach = points.radius * math.sqrt(self.SIGNAL * points.rounding / bend)
         level = self._level(abs(points.centre))
         calm = self.calm + 1
@@ -319,16 +320,7 @@ class Safeguarded:
                 points.centre, promise
             )
             share, believed = ledger.share, ledger.believed
-        tracked = replace(
-            self,
-            parabola=parabola,
-            fits=fits,
-            calm=calm,
-            level=level,
-            reach=reach,
-            strikes=strikes,
-            ledger=ledger,
-        )
+        tracked = replace(averaged, calm=calm, level=level, reach=reach, ledger=ledger)
         cut = replace(tracked, calm=0)
         limit = _clamp(rate * (1.0 + (1.0 if believed else self.CREDIT) * excess))
         if parabola.slope <= 0.0:
@@ -372,7 +364,7 @@ class Safeguarded:
             Decision(rate, rate, Reason.NOISE),
         )
 
-    def _average(self, fit: Parabola) -> tuple[Parabola, int, int]:
+    def _average(self, fit: Parabola) -> Safeguarded:
         """Averages a fit into the running parabola, or lets a fit replace it.
 
         A single fit that contradicts the running parabola may be an outlier, or a batch with hardly
@@ -383,9 +375,10 @@ class Safeguarded:
             near, far = sorted((past.minimiser, fit.minimiser))
             strikes = self.strikes + 1 if far > 10.0 * near or not past.descends else 0
             if strikes == self.STRIKES:
-                return fit, 1, 0
+                return replace(self, parabola=fit, fits=1, strikes=0)
         fits = self.fits + 1
-        return past.blend(fit, max(1.0 - self.smoothing, 1.0 / fits)), fits, strikes
+        parabola = past.blend(fit, max(1.0 - self.smoothing, 1.0 / fits))
+        return replace(self, parabola=parabola, fits=fits, strikes=strikes)
 
     def _level(self, loss: float) -> float:
         """Averages the loss; a single huge one counts for no more than ten times the mean."""
