@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quadstep import LQA
+
 
 @dataclass
 class Quadratic:
@@ -76,9 +78,40 @@ def noisy_classification(dtype: torch.dtype = torch.float32) -> Task:
     return classification(*layers, nn.Linear(16, 3), dtype=dtype)
 
 
+class RecordingDropout(nn.Dropout):
+    """Keeps the masks that it has drawn in `masks`."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+        self.masks: list[Tensor] = []
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        self.masks.append((output == 0.0).clone())
+        return output
+
+
 def values(model: nn.Module) -> list[Tensor]:
     """Copies of all parameters and buffers."""
     return [tensor.detach().clone() for tensor in [*model.parameters(), *model.buffers()]]
+
+
+def trains_without_a_trace(
+    configuration, take: Callable[[LQA, Callable[[], Tensor]], object]
+) -> Task:
+    """Asserts that steps leave the buffers and random numbers of one pass; returns what trained."""
+    probed, plain = noisy_classification(), noisy_classification()
+    opt = configuration(probed.model.parameters())
+    for step in range(5):
+        plain.model.load_state_dict(probed.model.state_dict())
+        torch.manual_seed(step)
+        plain.closure(step)().backward()
+        drawn = torch.rand(())
+        torch.manual_seed(step)
+        take(opt, probed.closure(step))
+        assert torch.equal(torch.rand(()), drawn)
+        assert identical(list(plain.model.buffers()), list(probed.model.buffers()))
+    return probed
 
 
 def identical(one: list[Tensor], other: list[Tensor]) -> bool:

@@ -19,7 +19,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from problems import classification, identical, noisy_classification, values
+from problems import (
+    RecordingDropout,
+    classification,
+    identical,
+    noisy_classification,
+    values,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -336,16 +342,10 @@ def check_ddp_probes_leave_no_trace(_):
 
 
 def check_one_dropout_mask_for_each_rank(_):
-    masks = []
-
-    class Recording(nn.Dropout):
-        def forward(self, input):
-            output = super().forward(input)
-            masks.append((output == 0.0).clone())
-            return output
-
     for parallelise in (DistributedDataParallel, sharded):
-        task = classification(nn.Linear(8, 16), nn.Softplus(), Recording(), nn.Linear(16, 3))
+        dropout = RecordingDropout()
+        masks = dropout.masks
+        task = classification(nn.Linear(8, 16), nn.Softplus(), dropout, nn.Linear(16, 3))
         model = parallelise(task.model)
         opt = LQA(task.model.parameters(), direction="sgd")
         torch.manual_seed(rank())

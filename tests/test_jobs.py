@@ -7,7 +7,14 @@ import warnings
 import pytest
 import torch
 from configurations import CONFIGURATIONS
-from problems import Task, classification, identical, noisy_classification, values
+from problems import (
+    Task,
+    classification,
+    identical,
+    noisy_classification,
+    trains_without_a_trace,
+    values,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -187,17 +194,10 @@ class TestMixedPrecision:
 
 class TestTwoPhases:
     def test_buffers_are_updated_once_without_any_step_in_one_phase(self, configuration):
-        probed, plain = noisy_classification(), noisy_classification()
-        opt = configuration(probed.model.parameters())
-        for step in range(5):
-            plain.model.load_state_dict(probed.model.state_dict())
-            torch.manual_seed(step)
-            plain.closure(step)()
-            drawn = torch.rand(())
-            torch.manual_seed(step)
-            opt.step(probed.closure(step), loss=backward_of(opt, probed.closure(step)))
-            assert torch.equal(torch.rand(()), drawn)
-            assert identical(list(plain.model.buffers()), list(probed.model.buffers()))
+        trains_without_a_trace(
+            configuration,
+            lambda opt, closure: opt.step(closure, loss=backward_of(opt, closure)),
+        )
 
     @pytest.mark.parametrize("failing", [1, 2, 3])
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -577,7 +577,7 @@ class TestAccelerators:
         self, configuration, bad, monkeypatch
     ):
         """Where looking means waiting a held step does not look, a measuring one does."""
-        monkeypatch.setattr(optimizer, "_at_hand", lambda tensor: False)
+        monkeypatch.setattr(optimizer, "at_hand", lambda tensor: False)
         task = noisy_classification()
         opt = configuration(task.model.parameters())
         opt.step(task.closure())
@@ -596,7 +596,7 @@ class TestAccelerators:
         assert math.isfinite(full_loss(task))
 
     def test_a_held_step_does_not_look(self, monkeypatch):
-        monkeypatch.setattr(optimizer, "_at_hand", lambda tensor: False)
+        monkeypatch.setattr(optimizer, "at_hand", lambda tensor: False)
         task = classification()
         opt = LQA(task.model.parameters())
         while not opt._wait:

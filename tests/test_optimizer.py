@@ -9,7 +9,15 @@ import torch
 from configurations import CONFIGURATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Quadratic, classification, identical, noisy_classification, values
+from problems import (
+    Quadratic,
+    RecordingDropout,
+    classification,
+    identical,
+    noisy_classification,
+    trains_without_a_trace,
+    values,
+)
 from reference import algorithm_1
 from torch import nn
 from torch.func import functional_call
@@ -265,15 +273,9 @@ class TestWrapping:
 
 class TestNoTrace:
     def test_the_three_evaluations_see_one_dropout_mask(self, configuration):
-        masks = []
-
-        class Recording(nn.Dropout):
-            def forward(self, input):
-                output = super().forward(input)
-                masks.append((output == 0.0).clone())
-                return output
-
-        task = classification(nn.Linear(8, 16), nn.Softplus(), Recording(), nn.Linear(16, 3))
+        dropout = RecordingDropout()
+        masks = dropout.masks
+        task = classification(nn.Linear(8, 16), nn.Softplus(), dropout, nn.Linear(16, 3))
         opt = configuration(task.model.parameters())
         for step in range(3):
             masks.clear()
@@ -286,17 +288,7 @@ class TestNoTrace:
         assert not torch.equal(masks[-1], previous)
 
     def test_buffers_and_random_numbers_are_those_of_a_plain_step(self, configuration):
-        probed, plain = noisy_classification(), noisy_classification()
-        opt = configuration(probed.model.parameters())
-        for step in range(5):
-            plain.model.load_state_dict(probed.model.state_dict())
-            torch.manual_seed(step)
-            plain.closure(step)().backward()
-            drawn = torch.rand(())
-            torch.manual_seed(step)
-            opt.step(probed.closure(step))
-            assert torch.equal(torch.rand(()), drawn)
-            assert identical(list(plain.model.buffers()), list(probed.model.buffers()))
+        probed = trains_without_a_trace(configuration, lambda opt, closure: opt.step(closure))
         assert probed.model[1].num_batches_tracked == 5
 
     def test_gradients_stay_those_of_the_gradient_pass(self):

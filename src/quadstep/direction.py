@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from quadstep.line import Block, Line, is_distributed, local, whole
+from quadstep.line import Block, Line, at_hand, is_distributed, local, whole
 
 Group = dict[str, Any]
 State = Any
@@ -133,8 +133,7 @@ def _limit(blocks: list[Block]) -> None:
     norms = [whole(get_total_norm(block.direction)) for block in blocks]
     norm = norms[0] if len(norms) == 1 else get_total_norm(norms)
     excess = (norm / max(1, size) ** 0.5).clamp(min=1.0)
-    if excess.device.type == "cpu" and excess <= 1.0:
-        # Known at once there; elsewhere looking would mean waiting.
+    if at_hand(excess) and excess <= 1.0:
         return
     for block, part in zip(blocks, norms, strict=True):
         torch._foreach_div_(local(block.direction), excess.to(part.device))

@@ -136,6 +136,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
+def at_hand(tensor: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 @dataclass(frozen=True, slots=True)
 class RandomSource:
     """One source of random numbers: how its state is read, set and compared."""

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from quadstep.averaging import ScheduleFree
 from quadstep.direction import Direction, Displacement, Gradient, NormalisedGradient, real
-from quadstep.line import Closure, Line, Moment, Surroundings, local, rank_mean, whole
+from quadstep.line import Closure, Line, Moment, Surroundings, at_hand, local, rank_mean, whole
 from quadstep.parabola import Decision, Exact, Ledger, Points, Reason, Safeguarded
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class LQA(Optimizer):
         try:
             centre = self._gradient_pass(closure, loss, before)
             # Elsewhere looking means waiting, which a held step does not.
-            if (due or _at_hand(centre)) and not self._finite(centre):
+            if (due or at_hand(centre)) and not self._finite(centre):
                 before.restore_buffers()
                 return self._finish(centre, Decision(rate, 0.0, Reason.NON_FINITE), own)
             keep = due or self._averaging is not None
@@ -423,7 +423,7 @@ class LQA(Optimizer):
         # Extremes carry every inf and nan, and on the CPU they cost a fraction of a norm.
         extremes = [torch.aminmax(grad) for grad in real(dense) if grad.numel()]
         values = [_scalar(loss), *(value for pair in extremes for value in pair)]
-        if not _at_hand(loss):
+        if not at_hand(loss):
             # All together, so that the device is waited for once.
             values = [*torch.stack([value.to(loss.device) for value in values]).cpu()]
         finite = torch.tensor([float(all(map(math.isfinite, values)))], device=loss.device)
@@ -562,11 +562,6 @@ _PICKLED = frozenset(
 def _scalar(loss: Tensor) -> Tensor:
     """A loss without history or dimensions, whole on every process."""
     return whole(loss.detach()).reshape(())
-
-
-def _at_hand(tensor: Tensor) -> bool:
-    """Whether a value can be read without waiting for a device."""
-    return tensor.device.type == "cpu"
 
 
 def _check_base(base: Optimizer, direction: str | None, delta0: float | None) -> None:
