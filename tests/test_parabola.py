@@ -4,7 +4,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from quadstep.parabola import Decision, Exact, Ledger, Parabola, Points, Reason, Safeguarded
+from quadstep.parabola import (
+    Decision,
+    Evidence,
+    Exact,
+    Ledger,
+    Parabola,
+    Points,
+    Reason,
+    Safeguarded,
+)
 
 anything = st.floats(allow_nan=True, allow_infinity=True)
 rates = st.floats(1e-30, 1e30)
@@ -22,6 +31,10 @@ def sample(parabola: Parabola, radius: float, floor: float = 1.0, resolution=2.0
 
 def doubting() -> Safeguarded:
     return Safeguarded(smoothing=0.99, growth=1.1, ledger=Ledger.open(0.0))
+
+
+def wary() -> Safeguarded:
+    return Safeguarded(smoothing=0.9, growth=3.0, slowing=True, ledger=Evidence.open(0.0))
 
 
 def fresh() -> Safeguarded:
@@ -95,7 +108,7 @@ class TestExact:
 
 class TestSafeguarded:
     @given(
-        st.sampled_from([fresh, doubting]),
+        st.sampled_from([fresh, doubting, wary]),
         rates,
         st.lists(st.tuples(anything, anything, anything), max_size=20),
     )
@@ -222,7 +235,7 @@ class TestLedger:
     def book(self, losses, promise=0.0):
         ledger = Ledger.open(losses[0])
         for loss in losses:
-            ledger = ledger.book(loss, promise)
+            ledger = ledger.book(loss, 1.0, promise)
         return ledger
 
     def test_a_falling_loss_earns_the_whole_vertex(self):
@@ -258,3 +271,53 @@ class TestLedger:
 
         assert grown([2.3] * 200) < 0.2
         assert grown([2.3 * 0.97**step for step in range(200)]) > 1.0
+
+
+class TestEvidence:
+    def book(self, losses, promise=1.0):
+        evidence = Evidence.open(losses[0])
+        for loss in losses:
+            evidence = evidence.book(loss, 1.0, promise)
+        return evidence
+
+    def test_no_rate_rises_on_promises_that_are_not_kept(self):
+        plateau = [2.3 + 0.01 * (-1) ** step for step in range(300)]
+        assert self.book(plateau).limit(1.0, 3.0) == 1.0
+        assert self.book(plateau, promise=1e-6).limit(1.0, 3.0) == 3.0
+
+    def test_each_proof_lets_the_rate_rise_once_by_half(self):
+        proven = self.book([2.3] * 12 + [1.0] * 10)
+        assert proven.limit(1.0, 3.0) == 1.5
+        assert proven.limit(1.5, 3.0) == 1.5
+        assert proven.limit(0.1, 0.3) == 0.3
+        assert proven.limit(2.0, 3.0) == 2.0
+        stalled = proven
+        for _ in range(300):
+            stalled = stalled.book(1.0, 1.5, 0.0)
+        assert stalled.limit(1.5, 3.0) == pytest.approx(2.25)
+
+    @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0.0, 1e6))
+    def test_no_loss_stays_in_it_for_good(self, losses, promise):
+        evidence = self.book(losses, promise)
+        for step in range(5000):
+            evidence = evidence.book(2.0 * 0.999**step, 7.0, promise)
+        assert evidence.ceiling == 10.5
+
+    def test_a_rate_that_was_cut_may_rise_to_where_it_was_proven(self):
+        evidence = self.book([2.3] * 12 + [1.0] * 30)
+        assert evidence.limit(1e-3, 3e-3) == 3e-3
+        assert evidence.limit(1.4, 3.0) == 1.5
+
+    def test_the_search_waits_for_a_loss_that_falls(self):
+        """Where it does not, each batch vouches for itself alone."""
+
+        def found(losses):
+            search, rate = wary(), 1e-3
+            for loss in losses:
+                points = sample(Parabola(1.0, 1.0), search.radius(rate), loss)
+                search, decision = search.decide(rate, points)
+                rate = decision.rate
+            return rate
+
+        assert found([2.3 + 0.01 * (-1) ** step for step in range(500)]) < 0.05
+        assert found([2.3 * 0.98**step for step in range(500)]) == pytest.approx(0.5)

@@ -30,7 +30,7 @@ class ScheduleFree:
             forgets where a long run began.
     """
 
-    def __init__(self, beta: float = 0.9, kappa: float = 3.0, power: float = 3.0) -> None:
+    def __init__(self, beta: float = 0.9, kappa: float = 4.0, power: float = 3.0) -> None:
         self.beta = beta
         self.kappa = kappa
         self.power = power

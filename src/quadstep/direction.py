@@ -129,14 +129,19 @@ class Displacement:
 
 def _limit(blocks: list[Block]) -> None:
     """Scales the directions together to a root mean square of at most one."""
-    size = sum(part.numel() for block in blocks for part in block.direction)
-    norms = [whole(get_total_norm(block.direction)) for block in blocks]
-    norm = norms[0] if len(norms) == 1 else get_total_norm(norms)
-    excess = (norm / max(1, size) ** 0.5).clamp(min=1.0)
-    if at_hand(excess) and excess <= 1.0:
+    parts = [part for block in blocks for part in block.direction]
+    root = max(1, sum(part.numel() for part in parts)) ** 0.5
+    if all(at_hand(part) and not is_distributed(part) for part in parts):
+        norms = [norm for block in blocks for norm in torch._foreach_norm(block.direction)]
+        excess = math.hypot(*map(float, norms)) / root
+        if excess > 1.0:
+            for block in blocks:
+                torch._foreach_div_(block.direction, excess)
         return
-    for block, part in zip(blocks, norms, strict=True):
-        torch._foreach_div_(local(block.direction), excess.to(part.device))
+    norms = [whole(get_total_norm(block.direction)) for block in blocks]
+    excess = (get_total_norm(norms) / root).clamp(min=1.0)
+    for block, norm in zip(blocks, norms, strict=True):
+        torch._foreach_div_(local(block.direction), excess.to(norm.device))
 
 
 def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block]:

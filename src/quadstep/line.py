@@ -111,13 +111,19 @@ def rank_mean(values: Tensor, group: ProcessGroup | None) -> list[float]:
         values: one dimension, the same length on every process; may be overwritten.
         group: the processes; None means all, or this one alone where there is no process group.
     """
-    distributed, size = torch.distributed, 1
-    if distributed.is_available() and distributed.is_initialized():
-        size = distributed.get_world_size(group)
+    distributed, size = torch.distributed, processes(group)
     if size > 1:
         values = values.double()
         distributed.all_reduce(values, group=group)
     return [float(value) / size for value in values.cpu()]
+
+
+def processes(group: ProcessGroup | None) -> int:
+    """How many processes train together, see `rank_mean`."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size(group)
+    return 1
 
 
 def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:

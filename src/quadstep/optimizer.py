@@ -22,8 +22,18 @@ from torch.optim import Optimizer
 
 from quadstep.averaging import ScheduleFree
 from quadstep.direction import Direction, Displacement, Gradient, NormalisedGradient, real
-from quadstep.line import Closure, Line, Moment, Surroundings, at_hand, local, rank_mean, whole
-from quadstep.parabola import Decision, Exact, Ledger, Points, Reason, Safeguarded
+from quadstep.line import (
+    Closure,
+    Line,
+    Moment,
+    Surroundings,
+    at_hand,
+    local,
+    processes,
+    rank_mean,
+    whole,
+)
+from quadstep.parabola import Decision, Evidence, Exact, Ledger, Points, Reason, Safeguarded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -128,7 +138,7 @@ class LQA(Optimizer):
         self._every = every or (10 if averaged else 1)
         # Averaged iterates bear a greedy rate; without averaging the loss itself must vouch for it.
         self._search: Safeguarded | Exact = (
-            Safeguarded(smoothing=0.97, growth=3.0, slowing=True)
+            Safeguarded(smoothing=0.97, growth=3.0, slowing=True, ledger=Evidence.open(0.0))
             if averaged
             else Safeguarded(smoothing=0.99, growth=1.1, ledger=Ledger.open(0.0))
         )
@@ -426,8 +436,11 @@ class LQA(Optimizer):
         if not at_hand(loss):
             # All together, so that the device is waited for once.
             values = [*torch.stack([value.to(loss.device) for value in values]).cpu()]
-        finite = torch.tensor([float(all(map(math.isfinite, values)))], device=loss.device)
-        return rank_mean(finite, self._process_group) == [1.0]
+        finite = all(map(math.isfinite, values))
+        if processes(self._process_group) == 1:
+            return finite
+        flag = torch.tensor([float(finite)], device=loss.device)
+        return rank_mean(flag, self._process_group) == [1.0]
 
     def _measure(
         self, closure: Closure, loss: Tensor | None, centre: Tensor, line: Line, before: Moment

@@ -166,6 +166,31 @@ class Exact:
 
 
 @dataclass(frozen=True, slots=True)
+class Trend:
+    """Where the losses of about the last ten measurements lie.
+
+    Attributes:
+        mean: their running mean.
+        spread: the running mean of their distance from it.
+    """
+
+    mean: float
+    spread: float
+
+    @classmethod
+    def open(cls, loss: float) -> Trend:
+        """Starts with the first loss, and with a spread that noise is unlikely to exceed."""
+        return cls(loss, spread=0.1 * abs(loss))
+
+    def book(self, loss: float) -> Trend:
+        """Enters a loss."""
+        # Written so that equal losses leave equal means, to the last bit.
+        mean = self.mean + 0.1 * (loss - self.mean)
+        spread = 0.9 * self.spread + 0.1 * abs(loss - self.mean)
+        return Trend(mean, spread) if math.isfinite(mean + spread) else Trend.open(loss)
+
+
+@dataclass(frozen=True, slots=True)
 class Ledger:
     """How far the vertex is to be believed, from whether the loss falls on the batches that follow.
 
@@ -174,18 +199,16 @@ class Ledger:
     on which deep networks start or in the dwell around an optimum. A rising loss is the proof.
 
     Attributes:
-        fast: running mean of the loss over about 10 steps.
+        trend: of the loss.
         slow: running mean of the loss over about 100 steps.
-        spread: running mean of the distance of a loss from the fast mean.
-        height: the highest fast mean.
+        height: the highest mean of the trend.
         promised: running mean of the decrease that the parabolas promised for a step.
         share: the share of the vertex to take, in [0.1, 1]: lowered while the loss rises.
         learned: whether the loss has once been clearly below its height.
     """
 
-    fast: float
+    trend: Trend
     slow: float
-    spread: float
     height: float
     promised: float = 0.0
     share: float = 1.0
@@ -197,34 +220,110 @@ class Ledger:
     """Spreads below its height at which the loss has clearly fallen."""
     PATIENCE = 50.0
     """Steps after which a kept promise would show."""
+    CREDIT = 0.02
+    """The part of the growth that is allowed while promises are not believed."""
 
     @classmethod
     def open(cls, loss: float) -> Ledger:
-        """Starts with the first loss, and with a spread that noise is unlikely to exceed."""
-        return cls(fast=loss, slow=loss, spread=0.1 * abs(loss), height=loss)
+        """Starts with the first loss."""
+        return cls(Trend.open(loss), slow=loss, height=loss)
 
-    def book(self, loss: float, promise: float) -> Ledger:
-        """Enters the loss before a step and the decrease that is promised for the step."""
-        spread = 0.9 * self.spread + 0.1 * abs(loss - self.fast)
-        # Written so that equal losses leave equal means, to the last bit.
-        fast = self.fast + 0.1 * (loss - self.fast)
+    @classmethod
+    def loaded(cls, state: dict[str, Any]) -> Ledger:
+        """Takes over a state that was saved with `asdict`."""
+        state = state | {"trend": Trend(**state["trend"])}
+        return cls(**state)
+
+    def book(self, loss: float, rate: float, promise: float) -> Ledger:
+        """Enters the loss before a step at a rate, and the decrease that the step promises."""
+        trend = self.trend.book(loss)
         slow = self.slow + 0.01 * (loss - self.slow)
-        share = self.share * (self.RISING if fast > slow else self.FALLING)
-        height = max(self.height, fast)
+        share = self.share * (self.RISING if trend.mean > slow else self.FALLING)
+        height = max(self.height, trend.mean)
         return Ledger(
-            fast=fast,
+            trend=trend,
             slow=slow,
-            spread=spread,
             height=height,
             promised=0.9 * self.promised + 0.1 * promise,
             share=min(max(share, self.LEAST), 1.0),
-            learned=self.learned or height - fast > self.CLEARLY * spread,
+            learned=self.learned or height - trend.mean > self.CLEARLY * trend.spread,
         )
 
     @property
     def believed(self) -> bool:
         """Whether promises have once come true, or are too small to show beside the noise."""
-        return self.learned or self.PATIENCE * self.promised <= self.spread
+        return self.learned or self.PATIENCE * self.promised <= self.trend.spread
+
+    def limit(self, rate: float, wish: float) -> float:
+        """How far a rate may rise that would rise to `wish`."""
+        return wish if self.believed else rate + self.CREDIT * (wish - rate)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Whether training makes progress, without which no rate may rise.
+
+    A batch vouches for itself, see `Ledger`; averaged iterates bear the vertex of a batch all the
+    same, but not a rate that rises on such words alone. So a rate may rise freely only while what
+    its steps promise could not show beside the noise of the losses, and after that by a factor each
+    time that the loss has clearly fallen below where it was at the last such proof. The smaller
+    the batches, the more steps a proof takes, and the more warily the rate rises.
+
+    Attributes:
+        trend: of the loss.
+        lowest: the mean of the trend at the last proof, or the highest of its first ten.
+        promised: running mean of the decrease that the parabolas promised for a step.
+        booked: how many losses have been entered.
+        ceiling: how far the rate may rise; zero before the first proof.
+    """
+
+    trend: Trend
+    lowest: float
+    promised: float = 0.0
+    booked: int = 0
+    ceiling: float = 0.0
+
+    share = 1.0
+    CLEARLY = 1.0
+    """Spreads by which the loss falls in a proof."""
+    PATIENCE = 20.0
+    """Steps after which a kept promise would show."""
+    FORGETTING = 0.01
+    """Of where the last proof was, in a step, so that no lucky streak is asked for again."""
+    RISE = 1.5
+    """The factor by which the rate may rise for each proof."""
+
+    @classmethod
+    def open(cls, loss: float) -> Evidence:
+        """Starts with the first loss."""
+        return cls(Trend.open(loss), lowest=loss)
+
+    @classmethod
+    def loaded(cls, state: dict[str, Any]) -> Evidence:
+        """Takes over a state that was saved with `asdict`."""
+        state = state | {"trend": Trend(**state["trend"])}
+        return cls(**state)
+
+    def book(self, loss: float, rate: float, promise: float) -> Evidence:
+        """Enters the loss before a step at a rate, and the decrease that the step promises."""
+        trend = self.trend.book(loss)
+        booked = self.booked + 1
+        lowest = self.lowest + self.FORGETTING * max(0.0, trend.mean - self.lowest)
+        if booked < 10:
+            lowest = max(self.lowest, trend.mean)
+        proven = trend.mean < lowest - self.CLEARLY * trend.spread
+        return Evidence(
+            trend=trend,
+            lowest=trend.mean if proven else lowest,
+            promised=0.9 * self.promised + 0.1 * promise,
+            booked=booked,
+            ceiling=self.RISE * rate if proven else self.ceiling,
+        )
+
+    def limit(self, rate: float, wish: float) -> float:
+        """How far a rate may rise that would rise to `wish`."""
+        ceiling = self.ceiling or rate * _divide(self.trend.spread, self.PATIENCE * self.promised)
+        return min(wish, max(rate, ceiling))
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +347,7 @@ class Safeguarded:
         level: the running mean of the absolute loss, the scale of what is a large change.
         reach: the least distance of the probes at which the losses differ by more than rounding.
         strikes: how many fits in a row contradicted the running parabola.
-        ledger: what is known of kept promises; None takes every vertex at its word, for iterates
-            that are averaged.
+        ledger: what is known of kept promises; None takes every vertex at its word.
     """
 
     smoothing: float
@@ -261,7 +359,7 @@ class Safeguarded:
     level: float = 0.0
     reach: float = 0.0
     strikes: int = 0
-    ledger: Ledger | None = None
+    ledger: Ledger | Evidence | None = None
 
     SHRINK = 0.1
     """The smallest factor by which one measurement lowers the rate."""
@@ -269,8 +367,6 @@ class Safeguarded:
     """However slowly it grows, the rate stays within this factor of the minimiser."""
     SLOWLY = 1.1
     """A rate that rises by no more than this factor need not be measured again at once."""
-    CREDIT = 0.02
-    """The part of the growth that is allowed while promises are not believed."""
     STRIKES = 10
     """Fits in a row, with vertices off by more than a factor of ten, that end an average."""
     SIGNAL = 1e3
@@ -278,7 +374,7 @@ class Safeguarded:
 
     def loaded(self, state: dict[str, Any]) -> Safeguarded:
         """Takes over a state that was saved with `asdict`."""
-        ledger = state["ledger"] and Ledger(**state["ledger"])
+        ledger = self.ledger and self.ledger.loaded(state["ledger"])
         state = state | {"parabola": Parabola(**state["parabola"]), "ledger": ledger}
         return Safeguarded(**state)
 
@@ -297,32 +393,34 @@ class Safeguarded:
         """
         rate = _clamp(rate)
         fit = Parabola.fit(points)
+        bend = abs(points.plus - points.centre + (points.minus - points.centre))
+        drowned = bend <= points.rounding
+        search = self
+        if math.isfinite(points.centre):
+            promise = rate * (fit.slope - fit.curvature * rate)
+            search = self._book(points.centre, rate, 0.0 if drowned else promise)
         if not (points.finite and fit.finite):
-            return self._retreat(rate, points, 0.0, Reason.NON_FINITE)
+            return search._retreat(rate, points, 0.0, Reason.NON_FINITE)
         if points.minus - points.centre > max(abs(points.centre), self.level):
             # So far out the fit is no parabola: its vertex is a hint, not a place to go.
             hint = fit.minimiser if fit.descends else 0.0
-            return self._retreat(rate, points, hint, Reason.SHRUNK)
-        bend = abs(points.plus - points.centre + (points.minus - points.centre))
-        if bend <= points.rounding:
-            return self._beyond_rounding(rate, points)
+            return search._retreat(rate, points, hint, Reason.SHRUNK)
+        if drowned:
+            return search._beyond_rounding(rate, points)
 
-        averaged = self._average(fit)
+        averaged = search._average(fit)
         parabola = averaged.parabola
         reach = points.radius * math.sqrt(self.SIGNAL * points.rounding / bend)
         level = self._level(abs(points.centre))
         calm = self.calm + 1
-        ledger, share, believed = self.ledger, 1.0, True
-        excess = (self.growth - 1.0) / (calm if self.slowing else 1)
-        if ledger is not None:
-            promise = max(0.0, rate * (fit.slope - fit.curvature * rate))
-            ledger = (ledger if self.level else Ledger.open(points.centre)).book(
-                points.centre, promise
-            )
-            share, believed = ledger.share, ledger.believed
-        tracked = replace(averaged, calm=calm, level=level, reach=reach, ledger=ledger)
+        tracked = replace(averaged, calm=calm, level=level, reach=reach)
         cut = replace(tracked, calm=0)
-        limit = _clamp(rate * (1.0 + (1.0 if believed else self.CREDIT) * excess))
+        growth = 1.0 + (self.growth - 1.0) / (calm if self.slowing else 1)
+        wish = _clamp(rate * growth)
+        ledger = search.ledger
+        limit = wish if ledger is None else ledger.limit(rate, wish)
+        share = 1.0 if ledger is None else ledger.share
+        settled = growth <= self.SLOWLY
         if parabola.slope <= 0.0:
             return cut, Decision(_clamp(rate / self.growth), 0.0, Reason.ASCENT)
         if parabola.curvature <= 0.0:
@@ -330,15 +428,23 @@ class Safeguarded:
         minimiser = _clamp(share * parabola.minimiser)
         if minimiser > limit:
             # The step is one that the probes can vouch for, the next probes go further.
-            trailing = minimiser / self.TRAIL if believed else 0.0
-            return tracked, Decision(
-                max(limit, trailing), limit, Reason.GROWN, settled=limit <= self.SLOWLY * rate
-            )
+            trailing = minimiser / self.TRAIL
+            if ledger is not None:
+                trailing = ledger.limit(rate, trailing) if limit == wish else 0.0
+            return tracked, Decision(max(limit, trailing), limit, Reason.GROWN, settled)
         if minimiser < rate * self.SHRINK:
             return cut, Decision(_clamp(rate * self.SHRINK), 0.0, Reason.SHRUNK)
         if minimiser < 0.5 * rate:
             return cut, Decision(minimiser, 0.0, Reason.MINIMUM)
         return tracked, Decision(minimiser, minimiser, Reason.MINIMUM, settled=True)
+
+    def _book(self, loss: float, rate: float, promise: float) -> Safeguarded:
+        """Enters a loss, and the decrease that a step promises there, in the ledger."""
+        if self.ledger is None:
+            return self
+        ledger = self.ledger if self.level else self.ledger.open(loss)
+        promise = max(0.0, promise) if math.isfinite(promise) else 0.0
+        return replace(self, ledger=ledger.book(loss, rate, promise))
 
     def _retreat(
         self, rate: float, points: Points, hint: float, reason: Reason
