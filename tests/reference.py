@@ -39,6 +39,7 @@ def schedule_free(
     power: float,
     decay: float = 0.999,
     eps: float = 1e-8,
+    weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The averaged iterates along the normalised gradient, x, y and z each kept for itself."""
     x, y, z, v = start.clone(), start.clone(), start.clone(), torch.zeros_like(start)
@@ -46,7 +47,7 @@ def schedule_free(
         g = gradient(y)
         v = decay * v + (1.0 - decay) * g * g
         d = g / ((v / (1.0 - decay**t)).sqrt() + eps)
-        d = d / max(1.0, d.square().mean().sqrt().item())
+        d = d / max(1.0, d.square().mean().sqrt().item()) + weight_decay * y
         z = z - kappa * rate * d
         x = x + (z - x) * (1.0 + power) / (t + power)
         y = (1.0 - beta) * z + beta * x

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from reference import schedule_free
 from torch import nn
@@ -6,7 +7,8 @@ from quadstep.averaging import ScheduleFree
 from quadstep.direction import NormalisedGradient
 
 
-def test_equals_the_plain_iterates_step_by_step():
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_equals_the_plain_iterates_step_by_step(weight_decay):
     torch.manual_seed(0)
     hessian = torch.diag(torch.tensor([1.0, 3.0, 10.0], dtype=torch.float64))
     theta = nn.Parameter(torch.randn(3, dtype=torch.float64))
@@ -20,9 +22,18 @@ def test_equals_the_plain_iterates_step_by_step():
     with torch.no_grad():
         for moves, rate in enumerate(rates, start=1):
             theta.grad = hessian @ theta
-            line = direction.line([{"params": [theta], "lr": rate}], state, rate, measured=False)
+            group = {"params": [theta], "lr": rate, "weight_decay": weight_decay}
+            line = direction.line([group], state, rate, measured=False)
             averaging.move(line.blocks, state, rate, averaging.weight(moves))
-            x, y, z = schedule_free(lambda at: hessian @ at, start, rates[:moves], 0.9, 3.0, 2.0)
+            x, y, z = schedule_free(
+                lambda at: hessian @ at,
+                start,
+                rates[:moves],
+                beta=0.9,
+                kappa=3.0,
+                power=2.0,
+                weight_decay=weight_decay,
+            )
             torch.testing.assert_close(theta.data, y, rtol=1e-11, atol=1e-13)
             torch.testing.assert_close(state[theta]["z"], z, rtol=1e-11, atol=1e-13)
             averaging.average([theta], state)

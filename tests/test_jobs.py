@@ -351,6 +351,21 @@ class TestParameters:
         assert [group["weight_decay"] for group in opt.param_groups] == [0.1, 0.0]
         assert full_loss(task) < start
 
+    def test_weight_decay_shrinks_the_groups_that_ask_for_it(self):
+        def sizes(**options):
+            task = classification()
+            bodies = [task.model[0].parameters(), task.model[2].parameters()]
+            opt = LQA([{"params": bodies[0]} | options, {"params": bodies[1]}])
+            for step in range(60):
+                opt.step(task.closure(step))
+            opt.eval()
+            assert full_loss(task) < 1.0
+            return [task.model[layer].weight.norm().item() for layer in (0, 2)]
+
+        plain, decayed = sizes(), sizes(weight_decay=1.0)
+        assert decayed[0] < 0.9 * plain[0]
+        assert decayed[1] > 0.9 * plain[1]
+
     def test_low_rank_adapters_train_beside_a_frozen_body(self, configuration):
         task = classification()
         task.model.requires_grad_(False)

@@ -540,6 +540,24 @@ class TestErrors:
                 "small one such as 1e-4 is safe",
             ),
             (
+                lambda p: LQA(p, weight_decay=-0.1),
+                ValueError,
+                "weight_decay must be a finite number, not negative, got -0.1; 0.01 is common, 0 "
+                "turns it off",
+            ),
+            (
+                lambda p: LQA([{"params": p, "weight_decay": 0.1}], direction="sgd"),
+                ValueError,
+                'weight_decay goes with direction="rms", got weight_decay=0.1 along "sgd"; wrap an '
+                "optimizer that has it: LQA(torch.optim.SGD(params, weight_decay=0.1))",
+            ),
+            (
+                lambda p: LQA(torch.optim.AdamW(p), weight_decay=0.1),
+                ValueError,
+                "weight_decay is the wrapped optimizer's own, got weight_decay=0.1; set it there: "
+                "AdamW(params, weight_decay=0.1)",
+            ),
+            (
                 lambda p: LQA([{"params": p, "lr": -1.0}]),
                 ValueError,
                 "lr must be finite and not negative, got -1.0",

@@ -52,7 +52,7 @@ class NormalisedGradient:
 
     Its own root mean square, about one, is kept from exceeding one: a batch with far larger
     gradients than those before it would take a step that no measurement vouched for, and does so
-    where the gradients have all but vanished.
+    where the gradients have all but vanished. Weight decay is added to what is left.
 
     Args:
         decay: of the running mean square; unbiased from the first step on, as Adam's.
@@ -93,6 +93,9 @@ class NormalisedGradient:
             torch._foreach_mul_(roots, block.direction)
             block.direction = list(roots)
         _limit(blocks)
+        for block in blocks:
+            if block.weight_decay:
+                torch._foreach_add_(block.direction, block.params, alpha=block.weight_decay)
         return Line(blocks)
 
 
@@ -168,10 +171,11 @@ def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block
                 "LQA(torch.optim.SparseAdam(params))"
             )
         lr = float(group["lr"])
-        unit = rate / lr if lr != 0.0 else math.inf
+        unit = (rate / lr if lr != 0.0 else math.inf) if rate else 1.0
+        weight_decay = float(group.get("weight_decay", 0.0))
         for part in _by_device(owners):
             grads = [_placed(owner.grad, owner) for owner in part]
-            blocks.append(Block(part, real(part), real(grads), unit if rate else 1.0))
+            blocks.append(Block(part, real(part), real(grads), unit, weight_decay))
     return blocks
 
 

@@ -41,12 +41,14 @@ class Block:
         direction: what a step subtracts from each of them, of the same shapes.
         unit: the rate of the optimizer at which a step subtracts the direction once; carries the
             ratios between the rates of the groups.
+        weight_decay: of the group.
     """
 
     owners: list[Tensor]
     params: list[Tensor]
     direction: list[Tensor]
     unit: float
+    weight_decay: float = 0.0
 
 
 class Line:

@@ -90,6 +90,9 @@ class LQA(Optimizer):
             "rms" and 0.1 along "sgd"; a wrapped optimizer brings its own learning rate.
         every: measure once in so many steps (and at once whenever the last measurement hit a
             limit). By default 10 with averaging and 1 without.
+        weight_decay: along "rms", what each step takes off the parameters, in proportion to them
+            and to the rate, as AdamW does; groups may have their own. The line that is measured
+            includes it.
         process_group: the processes that train together, over which the measured losses are
             averaged. By default all processes; a group of one trains by itself.
 
@@ -109,11 +112,12 @@ class LQA(Optimizer):
         averaging: Literal["auto", "schedule-free"] | None = "auto",
         delta0: float | None = None,
         every: int | None = None,
+        weight_decay: float = 0.0,
         process_group: ProcessGroup | None = None,
     ) -> None:
         base: Optimizer | None = params if isinstance(params, Optimizer) else None
         if base is not None:
-            _check_base(base, direction, delta0)
+            _check_base(base, direction, delta0, weight_decay)
         elif direction not in (None, "rms", "sgd"):
             raise ValueError(
                 f'direction must be "rms" or "sgd", got {direction!r}; to follow another '
@@ -152,7 +156,8 @@ class LQA(Optimizer):
         self._last: tuple[Tensor | None, Reason, int, int] = (None, Reason.HELD, 0, 0)
         self._surroundings = Surroundings()
         groups: Any = params if base is None else base.param_groups
-        super().__init__(groups, {"lr": delta0} if base is None else base.defaults)
+        own = {"lr": delta0, "weight_decay": weight_decay}
+        super().__init__(groups, own if base is None else base.defaults)
         self._share()
 
     @classmethod
@@ -328,6 +333,9 @@ class LQA(Optimizer):
         rate = float(param_group.get("lr", 0.0))
         if not 0.0 <= rate < math.inf:
             raise ValueError(f"lr must be finite and not negative, got {rate!r}")
+        if not isinstance(self._direction, Displacement):
+            decay = param_group.get("weight_decay", self.defaults["weight_decay"])
+            _check_weight_decay(decay, self._direction)
         if self._counts:
             param_group.setdefault("lr", self.rate)
         if self._counts and isinstance(self._direction, Displacement):
@@ -577,7 +585,9 @@ def _scalar(loss: Tensor) -> Tensor:
     return whole(loss.detach()).reshape(())
 
 
-def _check_base(base: Optimizer, direction: str | None, delta0: float | None) -> None:
+def _check_base(
+    base: Optimizer, direction: str | None, delta0: float | None, weight_decay: float
+) -> None:
     if isinstance(base, LQA | torch.optim.LBFGS):
         raise TypeError(
             f"LQA cannot wrap {type(base).__name__}, which searches its own line; "
@@ -593,6 +603,11 @@ def _check_base(base: Optimizer, direction: str | None, delta0: float | None) ->
             f"delta0 is the wrapped optimizer's own lr, got delta0={delta0!r}; "
             f"set it there: {type(base).__name__}(params, lr={delta0!r})"
         )
+    if weight_decay:
+        raise ValueError(
+            f"weight_decay is the wrapped optimizer's own, got weight_decay={weight_decay!r}; "
+            f"set it there: {type(base).__name__}(params, weight_decay={weight_decay!r})"
+        )
 
 
 def _check_delta0(value: Any) -> None:
@@ -601,6 +616,20 @@ def _check_delta0(value: Any) -> None:
         raise ValueError(
             f"delta0 must be a positive finite number, got {value!r}; "
             "it is only the first rate, a small one such as 1e-4 is safe"
+        )
+
+
+def _check_weight_decay(value: Any, direction: Direction) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0.0 <= value < math.inf):
+        raise ValueError(
+            f"weight_decay must be a finite number, not negative, got {value!r}; "
+            "0.01 is common, 0 turns it off"
+        )
+    if value and not isinstance(direction, NormalisedGradient):
+        raise ValueError(
+            f'weight_decay goes with direction="rms", got weight_decay={value!r} along "sgd"; '
+            f"wrap an optimizer that has it: LQA(torch.optim.SGD(params, weight_decay={value!r}))"
         )
 
 
