@@ -182,11 +182,12 @@ class Trend:
         """Starts with the first loss, and with a spread that noise is unlikely to exceed."""
         return cls(loss, spread=0.1 * abs(loss))
 
-    def book(self, loss: float) -> Trend:
-        """Enters a loss."""
+    def book(self, loss: float, fading: float = 0.1) -> Trend:
+        """Enters a loss; `fading` is its weight in the spread where that falls."""
         # Written so that equal losses leave equal means, to the last bit.
         mean = self.mean + 0.1 * (loss - self.mean)
-        spread = 0.9 * self.spread + 0.1 * abs(loss - self.mean)
+        away = abs(loss - self.mean)
+        spread = self.spread + (0.1 if away > self.spread else fading) * (away - self.spread)
         return Trend(mean, spread) if math.isfinite(mean + spread) else Trend.open(loss)
 
 
@@ -286,6 +287,8 @@ class Evidence:
     share = 1.0
     CLEARLY = 1.0
     """Spreads by which the loss falls in a proof."""
+    FADING = 0.03
+    """Weight of a small step in the spread: ten losses near zero in a row are luck, not proof."""
     PATIENCE = 20.0
     """Steps after which a kept promise would show."""
     FORGETTING = 0.01
@@ -306,7 +309,7 @@ class Evidence:
 
     def book(self, loss: float, rate: float, promise: float) -> Evidence:
         """Enters the loss before a step at a rate, and the decrease that the step promises."""
-        trend = self.trend.book(loss)
+        trend = self.trend.book(loss, self.FADING)
         booked = self.booked + 1
         lowest = self.lowest + self.FORGETTING * max(0.0, trend.mean - self.lowest)
         if booked < 10:
