@@ -65,7 +65,7 @@ CONFIGURATIONS = {
     "lqa(momentum)": lambda params, **own: LQA(
         torch.optim.SGD(params, lr=0.5, momentum=0.9), averaging="schedule-free", **own
     ),
-    "lqa-auto": lambda params, **own: LQA(params, delta0=0.03, **own),
+    "lqa-auto": lambda params, **own: LQA(params, delta0=0.03, weight_decay=0.1, **own),
 }
 
 THREE = ("lqa-paper", "lqa(adamw)", "lqa-auto")
