@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -206,6 +207,20 @@ class TestSafeguarded:
         assert Reason.NOISE in reasons
         assert search.radius(rate) > 1e-3
         assert search.radius(rate) > 100.0 * rate
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_losses_in_a_coarse_type_are_measured_where_they_differ(self, dtype):
+        """Far enough out, and not so far that the loss blows up, again and again."""
+        search, rate, reasons = wary(), 1e-4, []
+        for step in range(120):
+            radius = search.radius(rate)
+            exact = sample(Parabola(1.0, 1.0), radius, 2.3 * 0.99**step)
+            losses = torch.tensor([exact.minus, exact.centre, exact.plus]).to(dtype).tolist()
+            search, decision = search.decide(rate, Points(radius, *losses, torch.finfo(dtype).eps))
+            reasons.append(decision.reason)
+            rate = decision.rate
+        assert set(reasons[60:]) <= {Reason.MINIMUM, Reason.GROWN}
+        assert rate == pytest.approx(0.5, rel=0.2)
 
     def test_probes_that_went_too_far_do_not_condemn_the_rate(self):
         far = Safeguarded(smoothing=0.9, growth=2.0, reach=1e3)

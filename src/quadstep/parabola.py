@@ -374,6 +374,8 @@ class Safeguarded:
     """Fits in a row, with vertices off by more than a factor of ten, that end an average."""
     SIGNAL = 1e3
     """Probes go out to where the curvature shows this many times above rounding."""
+    OUTERMOST = 0.25
+    """But not to where it is more than this part of the loss, as coarse types would have it."""
 
     def loaded(self, state: dict[str, Any]) -> Safeguarded:
         """Takes over a state that was saved with `asdict`."""
@@ -413,8 +415,9 @@ class Safeguarded:
 
         averaged = search._average(fit)
         parabola = averaged.parabola
-        reach = points.radius * math.sqrt(self.SIGNAL * points.rounding / bend)
         level = self._level(abs(points.centre))
+        signal = min(self.SIGNAL * points.rounding, self.OUTERMOST * level)
+        reach = points.radius * math.sqrt(signal / bend)
         calm = self.calm + 1
         tracked = replace(averaged, calm=calm, level=level, reach=reach)
         cut = replace(tracked, calm=0)
