@@ -199,7 +199,8 @@ def _losses(heading: str, curves: Curves) -> Figure:
     for axes in panels[-1]:
         axes.set(xlabel="epoch")
     figure.supylabel("training loss")
-    _legend(figure, "outside lower left", LQA, "LQA (the same curves in every panel)")
+    drawn = {name: style for name, style in LQA.items() if name in curves}
+    _legend(figure, "outside lower left", drawn, "LQA (the same curves in every panel)")
     _legend(figure, "outside lower right", _BY_RATE, "the family's learning rate")
     return figure
 
