@@ -38,6 +38,13 @@ def wary() -> Safeguarded:
     return Safeguarded(smoothing=0.9, growth=3.0, slowing=True, ledger=Evidence.open(0.0))
 
 
+def book(kind, losses, promise):
+    ledger = kind.open(losses[0])
+    for loss in losses:
+        ledger = ledger.book(loss, 1.0, promise)
+    return ledger
+
+
 def fresh() -> Safeguarded:
     return Safeguarded(smoothing=0.9, growth=2.0)
 
@@ -248,10 +255,7 @@ class TestSafeguarded:
 
 class TestLedger:
     def book(self, losses, promise=0.0):
-        ledger = Ledger.open(losses[0])
-        for loss in losses:
-            ledger = ledger.book(loss, 1.0, promise)
-        return ledger
+        return book(Ledger, losses, promise)
 
     def test_a_falling_loss_earns_the_whole_vertex(self):
         ledger = self.book([2.0 * 0.99**step for step in range(200)], promise=1.0)
@@ -290,10 +294,7 @@ class TestLedger:
 
 class TestEvidence:
     def book(self, losses, promise=1.0):
-        evidence = Evidence.open(losses[0])
-        for loss in losses:
-            evidence = evidence.book(loss, 1.0, promise)
-        return evidence
+        return book(Evidence, losses, promise)
 
     def test_no_rate_rises_on_promises_that_are_not_kept(self):
         plateau = [2.3 + 0.01 * (-1) ** step for step in range(300)]
