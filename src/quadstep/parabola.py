@@ -229,12 +229,6 @@ class Ledger:
         """Starts with the first loss."""
         return cls(Trend.open(loss), slow=loss, height=loss)
 
-    @classmethod
-    def loaded(cls, state: dict[str, Any]) -> Ledger:
-        """Takes over a state that was saved with `asdict`."""
-        state = state | {"trend": Trend(**state["trend"])}
-        return cls(**state)
-
     def book(self, loss: float, rate: float, promise: float) -> Ledger:
         """Enters the loss before a step at a rate, and the decrease that the step promises."""
         trend = self.trend.book(loss)
@@ -300,12 +294,6 @@ class Evidence:
     def open(cls, loss: float) -> Evidence:
         """Starts with the first loss."""
         return cls(Trend.open(loss), lowest=loss)
-
-    @classmethod
-    def loaded(cls, state: dict[str, Any]) -> Evidence:
-        """Takes over a state that was saved with `asdict`."""
-        state = state | {"trend": Trend(**state["trend"])}
-        return cls(**state)
 
     def book(self, loss: float, rate: float, promise: float) -> Evidence:
         """Enters the loss before a step at a rate, and the decrease that the step promises."""
@@ -379,7 +367,10 @@ class Safeguarded:
 
     def loaded(self, state: dict[str, Any]) -> Safeguarded:
         """Takes over a state that was saved with `asdict`."""
-        ledger = self.ledger and self.ledger.loaded(state["ledger"])
+        ledger = self.ledger
+        if ledger is not None:
+            saved: dict[str, Any] = state["ledger"]
+            ledger = replace(ledger, **saved | {"trend": Trend(**saved["trend"])})
         state = state | {"parabola": Parabola(**state["parabola"]), "ledger": ledger}
         return Safeguarded(**state)
 
