@@ -46,7 +46,7 @@ def schedule_free(
     for t, rate in enumerate(rates, start=1):
         g = gradient(y)
         v = decay * v + (1.0 - decay) * g * g
-        d = g / ((v / (1.0 - decay**t)).sqrt() + eps)
+        d = g / (v / (1.0 - decay**t) + eps**2).sqrt()
         d = d / max(1.0, d.square().mean().sqrt().item()) + weight_decay * y
         z = z - kappa * rate * d
         x = x + (z - x) * (1.0 + power) / (t + power)

@@ -107,7 +107,7 @@ def test_the_line_of_the_default_leads_from_where_gradients_are_taken() -> None:
             zip(model.parameters(), there.parameters(), strict=True)
         ):
             state = optimizer.state[param]
-            direction = param.grad / (state["square"].sqrt() + 1e-8)
+            direction = param.grad / (state["square"] + 1e-16).sqrt()
             moved.data -= found.rate * direction
             # The fast iterate steps four times as far.
             assert torch.allclose(fast[index] - state["z"], 4 * found.rate * direction)

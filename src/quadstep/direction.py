@@ -56,7 +56,7 @@ class NormalisedGradient:
 
     Args:
         decay: of the running mean square; unbiased from the first step on, as Adam's.
-        eps: added to the root.
+        eps: the gradient that counts as none: its square is added to the mean square.
     """
 
     def __init__(self, decay: float = 0.999, eps: float = 1e-8) -> None:
@@ -85,13 +85,14 @@ class NormalisedGradient:
             squares = [own["square"] for own in states]
             torch._foreach_mul_(squares, [1.0 - weight for weight in weights])
             torch._foreach_addcmul_(squares, block.direction, block.direction, weights)
-            roots = torch._foreach_sqrt(squares)
-            # In half precision 1e-8 is zero, and so is the square of a small gradient.
-            tiny = [torch.finfo(root.dtype).tiny for root in roots]
-            torch._foreach_add_(roots, [max(self.eps, least) for least in tiny])
-            torch._foreach_reciprocal_(roots)
-            torch._foreach_mul_(roots, block.direction)
-            block.direction = list(roots)
+            # In half precision the square of eps is zero, and so is that of a small gradient.
+            types = [torch.finfo(square.dtype) for square in squares]
+            floors = [max(self.eps**2, kind.tiny * kind.eps) for kind in types]
+            # Every pass through memory counts: this is one fewer than by way of the root.
+            scales = torch._foreach_add(squares, floors)
+            torch._foreach_rsqrt_(scales)
+            torch._foreach_mul_(scales, block.direction)
+            block.direction = list(scales)
         _limit(blocks)
         for block in blocks:
             if block.weight_decay:
