@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quadstep.parabola import (
@@ -315,9 +315,19 @@ class TestEvidence:
     @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0.0, 1e6))
     def test_no_loss_stays_in_it_for_good(self, losses, promise):
         evidence = self.book(losses, promise)
-        for step in range(5000):
+        for _ in range(15_000):
+            evidence = evidence.book(2.0, 7.0, promise)
+        for step in range(1000):
             evidence = evidence.book(2.0 * 0.999**step, 7.0, promise)
         assert evidence.ceiling == 10.5
+
+    def test_no_rate_rises_once_all_but_a_hundredth_of_the_loss_is_gone(self):
+        falling = self.book([2.0 * 0.99**step for step in range(450)])
+        assert falling.ceiling == 1.5
+        learned = falling
+        for step in range(450, 2000):
+            learned = learned.book(2.0 * 0.99**step, 1.2, 1.0)
+        assert learned.ceiling == 1.2
 
     def test_a_rate_that_was_cut_may_rise_to_where_it_was_proven(self):
         evidence = self.book([2.3] * 12 + [1.0] * 30)

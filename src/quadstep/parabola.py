@@ -264,8 +264,13 @@ class Evidence:
     time that the loss has clearly fallen below where it was at the last such proof. The smaller
     the batches, the more steps a proof takes, and the more warily the rate rises.
 
+    Where a model fits all its data the loss falls for ever, and would prove rate after rate until
+    one destroys everything. A constant rate serves there: so with all but a hundredth of the loss
+    gone, a proof only confirms the rate that there is.
+
     Attributes:
         trend: of the loss.
+        highest: the largest size that the mean of the trend had, slowly forgotten.
         lowest: the mean of the trend at the last proof, or the highest of its first ten.
         promised: running mean of the decrease that the parabolas promised for a step.
         booked: how many losses have been entered.
@@ -273,6 +278,7 @@ class Evidence:
     """
 
     trend: Trend
+    highest: float
     lowest: float
     promised: float = 0.0
     booked: int = 0
@@ -289,11 +295,15 @@ class Evidence:
     """Of where the last proof was, in a step, so that no lucky streak is asked for again."""
     RISE = 1.5
     """The factor by which the rate may rise for each proof."""
+    LEARNED = 0.01
+    """The part of the highest loss below which the rate may rise no more."""
+    FADED = 0.999
+    """What is left of the highest loss after a step, so that one that was a fault passes."""
 
     @classmethod
     def open(cls, loss: float) -> Evidence:
         """Starts with the first loss."""
-        return cls(Trend.open(loss), lowest=loss)
+        return cls(Trend.open(loss), highest=abs(loss), lowest=loss)
 
     def book(self, loss: float, rate: float, promise: float) -> Evidence:
         """Enters the loss before a step at a rate, and the decrease that the step promises."""
@@ -302,13 +312,16 @@ class Evidence:
         lowest = self.lowest + self.FORGETTING * max(0.0, trend.mean - self.lowest)
         if booked < 10:
             lowest = max(self.lowest, trend.mean)
+        highest = max(self.FADED * self.highest, abs(trend.mean))
         proven = trend.mean < lowest - self.CLEARLY * trend.spread
+        rise = 1.0 if abs(trend.mean) < self.LEARNED * highest else self.RISE
         return Evidence(
             trend=trend,
+            highest=highest,
             lowest=trend.mean if proven else lowest,
             promised=0.9 * self.promised + 0.1 * promise,
             booked=booked,
-            ceiling=self.RISE * rate if proven else self.ceiling,
+            ceiling=rise * rate if proven else self.ceiling,
         )
 
     def limit(self, rate: float, wish: float) -> float:
