@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quadstep.parabola import (
@@ -139,6 +139,7 @@ class TestSafeguarded:
             rate = decision.rate
 
     @settings(max_examples=300)
+    @example(1e-12, [(0.0, 0.0, 0.0)] * 2 + [(0.0, 9e-62, 1.0)], 8.0, 0.5, 1.0, 2.0**-23, 0.9)
     @given(
         st.floats(1e-12, 1e12),
         st.lists(st.tuples(*[st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf])] * 3)),

@@ -420,7 +420,8 @@ class Safeguarded:
         averaged = search._average(fit)
         parabola = averaged.parabola
         level = self._level(abs(points.centre))
-        signal = min(self.SIGNAL * points.rounding, self.OUTERMOST * level)
+        most = self.OUTERMOST * max(abs(points.centre), level)
+        signal = min(self.SIGNAL * points.rounding, most)
         reach = points.radius * math.sqrt(signal / bend)
         calm = self.calm + 1
         tracked = replace(averaged, calm=calm, level=level, reach=reach)
