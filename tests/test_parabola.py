@@ -299,8 +299,15 @@ class TestEvidence:
 
     def test_no_rate_rises_on_promises_that_are_not_kept(self):
         plateau = [2.3 + 0.01 * (-1) ** step for step in range(300)]
-        assert self.book(plateau).limit(1.0, 3.0) == 1.0
+        assert self.book(plateau[:2]).limit(1.0, 3.0) == 1.0
         assert self.book(plateau, promise=1e-6).limit(1.0, 3.0) == 3.0
+
+    def test_a_rate_falls_that_promises_ten_times_what_would_be_a_proof(self):
+        plateau = [2.0 + 0.1 * (-1) ** step for step in range(100)]
+        owing = self.book(plateau, promise=0.009)
+        assert owing.limit(1.0, 3.0) == max(1.0, owing.trend.spread / (12.0 * owing.promised))
+        broken = self.book(plateau, promise=0.1)
+        assert broken.limit(1.0, 3.0) == 0.95
 
     def test_each_proof_lets_the_rate_rise_once_by_half(self):
         proven = self.book([2.3] * 12 + [1.0] * 10)
@@ -313,6 +320,7 @@ class TestEvidence:
             stalled = stalled.book(1.0, 1.5, 0.0)
         assert stalled.limit(1.5, 3.0) == pytest.approx(2.25)
 
+    @settings(deadline=None, max_examples=20)
     @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0.0, 1e6))
     def test_no_loss_stays_in_it_for_good(self, losses, promise):
         evidence = self.book(losses, promise)

@@ -264,6 +264,9 @@ class Evidence:
     time that the loss has clearly fallen below where it was at the last such proof. The smaller
     the batches, the more steps a proof takes, and the more warily the rate rises.
 
+    Steps that promised ten times what would be a proof, with none in sight, only shake the
+    parameters about: the rate falls until its promises could not show.
+
     Where a model fits all its data the loss falls for ever, and would prove rate after rate until
     one destroys everything. A constant rate serves there: so with all but a hundredth of the loss
     gone, a proof only confirms the rate that there is.
@@ -273,6 +276,7 @@ class Evidence:
         highest: the largest size that the mean of the trend had, slowly forgotten.
         lowest: the mean of the trend at the last proof, or the highest of its first ten.
         promised: running mean of the decrease that the parabolas promised for a step.
+        owed: the sum of what they promised.
         booked: how many losses have been entered.
         ceiling: how far the rate may rise; zero before the first proof.
     """
@@ -281,6 +285,7 @@ class Evidence:
     highest: float
     lowest: float
     promised: float = 0.0
+    owed: float = 0.0
     booked: int = 0
     ceiling: float = 0.0
 
@@ -289,8 +294,10 @@ class Evidence:
     """Spreads by which the loss falls in a proof."""
     FADING = 0.03
     """Weight of a small step in the spread: ten losses near zero in a row are luck, not proof."""
-    PATIENCE = 20.0
+    PATIENCE = 12.0
     """Steps after which a kept promise would show."""
+    BROKEN, FALL = 10.0, 0.95
+    """Spreads that are owed before the first proof when the rate falls, and its factor a step."""
     FORGETTING = 0.01
     """Of where the last proof was, in a step, so that no lucky streak is asked for again."""
     RISE = 1.5
@@ -320,14 +327,19 @@ class Evidence:
             highest=highest,
             lowest=trend.mean if proven else lowest,
             promised=0.9 * self.promised + 0.1 * promise,
+            owed=self.owed + promise,
             booked=booked,
             ceiling=rise * rate if proven else self.ceiling,
         )
 
     def limit(self, rate: float, wish: float) -> float:
-        """How far a rate may rise that would rise to `wish`."""
-        ceiling = self.ceiling or rate * _divide(self.trend.spread, self.PATIENCE * self.promised)
-        return min(wish, max(rate, ceiling))
+        """How far a rate may rise that would rise to `wish`, or that it has to fall."""
+        if self.ceiling:
+            return min(wish, max(rate, self.ceiling))
+        broken = self.owed > self.BROKEN * self.trend.spread
+        least = self.FALL * rate if broken else rate
+        unseen = rate * _divide(self.trend.spread, self.PATIENCE * self.promised)
+        return min(wish, max(least, unseen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,7 +441,7 @@ class Safeguarded:
         growth = 1.0 + (self.growth - 1.0) / (calm if self.slowing else 1)
         wish = _clamp(rate * growth)
         ledger = search.ledger
-        limit = wish if ledger is None else ledger.limit(rate, wish)
+        limit = wish if ledger is None else _clamp(ledger.limit(rate, wish))
         share = 1.0 if ledger is None else ledger.share
         settled = growth <= self.SLOWLY
         if parabola.slope <= 0.0:
