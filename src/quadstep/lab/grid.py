@@ -187,7 +187,7 @@ def _pool(workers: int) -> Generator[tuple[ProcessPoolExecutor, Reports]]:
     """Keeps worker processes that end when this one does, and at once when it is interrupted."""
     context = multiprocessing.get_context("spawn")
     reports: Reports = context.SimpleQueue()
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, torch.get_num_threads() // workers)
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (reports, threads))
     try:
