@@ -36,7 +36,7 @@ CONFIGURATIONS = ("sgd-0.1", "adam-0.01", "lqa-paper", "lqa", "lqa-auto")
 def threads() -> Iterator[None]:
     """Computes as a worker does, since the number of threads may show in the last bit."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+    torch.set_num_threads(max(1, before // WORKERS))
     yield
     torch.set_num_threads(before)
 
