@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -326,8 +327,10 @@ GRID = [Config("mlp-digits", name, seed=0, epochs=60, subset=200) for name in CO
 
 def wait_for_lines(out: Path, lines: int) -> None:
     for _ in range(6000):
-        if sum(path.read_bytes().count(b"\n") for path in out.rglob("*.jsonl")) >= lines:
-            return
+        # A file may be replaced between the moments when it is found and read.
+        with suppress(FileNotFoundError):
+            if sum(path.read_bytes().count(b"\n") for path in out.rglob("*.jsonl")) >= lines:
+                return
         time.sleep(0.01)
     raise TimeoutError
 
