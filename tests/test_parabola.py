@@ -300,6 +300,7 @@ class TestEvidence:
     def test_no_rate_rises_on_promises_that_are_not_kept(self):
         plateau = [2.3 + 0.01 * (-1) ** step for step in range(300)]
         assert self.book(plateau[:2]).limit(1.0, 3.0) == 1.0
+        assert self.book(plateau).limit(1.0, 3.0) < 1.0
         assert self.book(plateau, promise=1e-6).limit(1.0, 3.0) == 3.0
 
     def test_a_rate_falls_that_promises_ten_times_what_would_be_a_proof(self):
