@@ -310,6 +310,17 @@ class TestEvidence:
         broken = self.book(plateau, promise=0.1)
         assert broken.limit(1.0, 3.0) == 0.95
 
+    @pytest.mark.parametrize("line", [Parabola(1.0, 0.05), Parabola(1.0, -0.05)])
+    def test_a_rate_that_falls_for_broken_promises_says_so(self, line):
+        search, rate, falls = wary(), 0.1, []
+        for step in range(300):
+            points = sample(line, search.radius(rate), 2.0 + 0.01 * (-1) ** step)
+            search, decision = search.decide(rate, points)
+            if decision.rate < rate:
+                falls.append(decision.reason)
+            rate = decision.rate
+        assert set(falls) == {Reason.SHRUNK}
+
     def test_each_proof_lets_the_rate_rise_once_by_half(self):
         proven = self.book([2.3] * 12 + [1.0] * 10)
         assert proven.limit(1.0, 3.0) == 1.5

@@ -29,7 +29,7 @@ class Reason(StrEnum):
     GROWN = "grown"
     """The minimiser lies beyond the growth limit, the rate went up to the limit."""
     SHRUNK = "shrunk"
-    """The minimiser lies below the shrink limit, the rate went down to the limit."""
+    """The minimiser lies below the shrink limit, or promises were broken: the rate went down."""
     CONCAVE = "concave"
     """The parabola opens downwards (b <= 0) and has no minimum: the rate grew."""
     ASCENT = "ascent"
@@ -442,19 +442,20 @@ class Safeguarded:
         wish = _clamp(rate * growth)
         ledger = search.ledger
         limit = wish if ledger is None else _clamp(ledger.limit(rate, wish))
+        lowered = Reason.SHRUNK if limit < rate else None
         share = 1.0 if ledger is None else ledger.share
         settled = growth <= self.SLOWLY
         if parabola.slope <= 0.0:
             return cut, Decision(_clamp(rate / self.growth), 0.0, Reason.ASCENT)
         if parabola.curvature <= 0.0:
-            return tracked, Decision(limit, limit, Reason.CONCAVE)
+            return tracked, Decision(limit, limit, lowered or Reason.CONCAVE)
         minimiser = _clamp(share * parabola.minimiser)
         if minimiser > limit:
             # The step is one that the probes can vouch for, the next probes go further.
             trailing = minimiser / self.TRAIL
             if ledger is not None:
                 trailing = ledger.limit(rate, trailing) if limit == wish else 0.0
-            return tracked, Decision(max(limit, trailing), limit, Reason.GROWN, settled)
+            return tracked, Decision(max(limit, trailing), limit, lowered or Reason.GROWN, settled)
         if minimiser < rate * self.SHRINK:
             return cut, Decision(_clamp(rate * self.SHRINK), 0.0, Reason.SHRUNK)
         if minimiser < 0.5 * rate:
