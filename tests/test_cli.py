@@ -136,11 +136,13 @@ def test_reproduce_asks_for_the_runs(run, monkeypatch, tmp_path):
     monkeypatch.setattr(grid, "execute", execute)
     command = ["reproduce", "--figure", "all", "--data", "data", "--epochs", "3", "--seeds", "2"]
     command += ["--subset", "500", "--optimizers", "sgd-0.1, lqa", "--workers", "2"]
+    command += ["--precision", "bfloat16"]
     status, _, _ = run(*command, "--out", tmp_path)
     assert status == 0
     assert len(asked["wanted"]) == 5 * 2 * 2
     assert {(config.epochs, config.subset) for config in asked["wanted"]} == {(3, 500)}
     assert {config.optimizer for config in asked["wanted"]} == {"sgd-0.1", "lqa"}
+    assert {config.precision for config in asked["wanted"]} == {"bfloat16"}
     assert asked["out"] == tmp_path / "records"
     assert asked["data_root"] == Path("data")
     assert asked["workers"] == 2

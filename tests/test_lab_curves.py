@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,12 @@ def test_of_several_training_sets_the_one_with_most_runs_is_taken(subsets, chose
     assert {run.config.subset for run in gathered["lqa"].runs} == {chosen}
 
 
+def test_runs_in_other_precisions_are_kept_apart():
+    plain = [record(TASK, "lqa", [2.0, 1.0], seed=seed) for seed in (0, 1)]
+    reduced = replace(plain[0], config=replace(plain[0].config, precision="bfloat16"))
+    assert curves.gather([reduced, *plain], TASK)["lqa"].runs == tuple(plain)
+
+
 def test_runs_without_an_epoch_and_of_other_tasks_are_left_out():
     records = [
         record(TASK, "lqa", [], epochs=3, status=None),
@@ -76,6 +83,11 @@ def test_runs_without_an_epoch_and_of_other_tasks_are_left_out():
 def test_words():
     gathered = curves.gather([record(TASK, "lqa", [2.0, 1.0], subset=5000)], TASK)
     assert curves.describe(gathered) == "5,000 of the training images, 1 epoch, 1 seed"
+    reduced = record(TASK, "lqa", [2.0, 1.0])
+    reduced = replace(reduced, config=replace(reduced.config, precision="bfloat16"))
+    assert curves.describe(curves.gather([reduced], TASK)).startswith(
+        "the whole training set in bfloat16, 1 epoch"
+    )
     assert curves.title(TASK) == "Multilayer perceptron on MNIST"
     assert [curves.display(name) for name in ("sgd-nag-0.01", "sgd-m", "lqa-auto")] == [
         "SGD-NAG 0.01",

@@ -42,6 +42,8 @@ def test_each_run_has_its_place(tmp_path: Path) -> None:
     folder = tmp_path / "mlp-digits-subset100"
     assert CONFIG.path(tmp_path) == folder / "adam-0.01-seed1.jsonl"
     assert replace(CONFIG, subset=None).path(tmp_path).parent == tmp_path / "mlp-digits"
+    reduced: Any = "bfloat16"
+    assert replace(CONFIG, precision=reduced).folder == "mlp-digits-subset100-bfloat16"
 
 
 def test_a_record_comes_back(tmp_path: Path, path: Path) -> None:
@@ -213,6 +215,12 @@ def test_a_number_out_of_range_is_named(name: str, value: Any) -> None:
         replace(CONFIG, **{name: value})
 
 
+def test_an_unknown_precision_is_named() -> None:
+    unknown: Any = "half"
+    with pytest.raises(ValueError, match="^unknown precision 'half': choose from float32"):
+        replace(CONFIG, precision=unknown)
+
+
 def test_the_header_tells_what_the_run_depended_on() -> None:
     assert HEADER["config"] == {
         "task": "mlp-digits",
@@ -221,6 +229,7 @@ def test_the_header_tells_what_the_run_depended_on() -> None:
         "epochs": 2,
         "batch_size": 64,
         "subset": 100,
+        "precision": "float32",
     }
     assert HEADER["revision"] is None or len(HEADER["revision"]) == 40
     assert isinstance(HEADER["dirty"], bool)

@@ -110,6 +110,15 @@ def test_a_scaled_loss_is_trained_and_not_recorded(tmp_path: Path) -> None:
     assert 0.0 < moved[1] < 0.01 * moved[0]
 
 
+def test_bfloat16_computes_the_model_alone(tmp_path: Path) -> None:
+    """The losses show the coarser arithmetic and are made in float32, as the weights are kept."""
+    exact = run(CONFIG, out=tmp_path).epochs
+    coarse = run(replace(CONFIG, precision="bfloat16"), out=tmp_path).epochs
+    for rough, fine in zip(coarse, exact, strict=True):
+        assert rough.train_loss != fine.train_loss
+        assert rough.train_loss == pytest.approx(fine.train_loss, rel=0.02)
+
+
 def test_all_optimizers_start_from_the_same_weights(tmp_path: Path) -> None:
     def start(name: str, seed: int) -> float:
         config = replace(CONFIG, optimizer=name, seed=seed, epochs=1)

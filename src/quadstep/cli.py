@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 # Commands import the rest themselves: not all need torch, which takes long.
 from quadstep.lab.records import Config, Record, RecordError, check_installed, read_all
-from quadstep.lab.settings import CONFIGURATIONS, TASKS, check_configuration, check_task
+from quadstep.lab.settings import CONFIGURATIONS, TASKS, Precision, check_configuration, check_task
 
 _INSTALL = 'is not installed: run pip install "quadstep[lab]"'
 
@@ -37,6 +37,9 @@ DataOption = Annotated[
 EpochsOption = Annotated[int | None, typer.Option(min=1, help="The paper's by default.")]
 SubsetOption = Annotated[
     int | None, typer.Option(min=1, help="How many training images to keep; all by default.")
+]
+PrecisionOption = Annotated[
+    Precision, typer.Option(help="What models compute in; bfloat16 is by autocast.")
 ]
 NamesOption = Annotated[str | None, typer.Option(help="Names with commas between; all by default.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1...")]
@@ -79,6 +82,7 @@ def reproduce(
     epochs: EpochsOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many runs of each setting.")] = 1,
     subset: SubsetOption = None,
+    precision: PrecisionOption = "float32",
     optimizers: NamesOption = None,
     workers: Annotated[int, typer.Option(min=1, help="How many runs at a time.")] = 1,
     device: DeviceOption = "cpu",
@@ -100,6 +104,7 @@ def reproduce(
                 seeds=seeds,
                 subset=subset,
                 optimizers=names,
+                precision=precision,
             )
         ]
     _train(wanted, workers=workers, data_root=data, out=out / "records", device=device)

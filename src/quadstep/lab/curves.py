@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quadstep.lab.records import Epoch, Record
-from quadstep.lab.settings import FAMILIES, HAND_TUNED, TASKS, DataName
+from quadstep.lab.settings import FAMILIES, HAND_TUNED, TASKS, DataName, Precision
 
 _MODELS = {
     "logistic": "Logistic regression",
@@ -98,16 +98,16 @@ class Curve:
 def gather(records: Iterable[Record], task: str) -> dict[str, Curve]:
     """Gathers the runs of a task into curves, by optimizer.
 
-    Runs on the whole training set and on subsets of it do not compare: of these the most numerous
-    are taken, and the larger training set where two are equally many.
+    Runs on the whole training set and on subsets of it, or in other precisions, do not compare: of
+    these the most numerous are taken, and the larger training set where two are equally many.
     """
-    groups: defaultdict[int | None, list[Record]] = defaultdict(list)
+    groups: defaultdict[tuple[int | None, Precision], list[Record]] = defaultdict(list)
     for record in records:
         if record.config.task == task and record.epochs:
-            groups[record.config.subset].append(record)
+            groups[record.config.subset, record.config.precision].append(record)
     if not groups:
         return {}
-    chosen = max(groups, key=lambda subset: (len(groups[subset]), subset or math.inf))
+    chosen = max(groups, key=lambda group: (len(groups[group]), group[0] or math.inf))
     runs: defaultdict[str, list[Record]] = defaultdict(list)
     for record in groups[chosen]:
         runs[record.config.optimizer].append(record)
@@ -122,8 +122,10 @@ def best(curves: Iterable[Curve]) -> Curve:
 def describe(curves: Mapping[str, Curve]) -> str:
     """Says on how much the curves of a task rest: training set, epochs and seeds."""
     runs = [run for curve in curves.values() for run in curve.runs]
-    subset = runs[0].config.subset
+    subset, precision = runs[0].config.subset, runs[0].config.precision
     images = "the whole training set" if subset is None else f"{subset:,} of the training images"
+    if precision != "float32":
+        images += f" in {precision}"
     epochs = max(run.config.epochs for run in runs)
     seeds = len({run.config.seed for run in runs})
     return f"{images}, {_count(epochs, 'epoch')}, {_count(seeds, 'seed')}"

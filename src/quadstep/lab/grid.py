@@ -24,7 +24,7 @@ from rich.progress import (
 
 from quadstep.lab import data, records
 from quadstep.lab.records import Config, Epoch, Record
-from quadstep.lab.settings import TASKS, check_name, settings
+from quadstep.lab.settings import TASKS, Precision, check_name, settings
 from quadstep.lab.train import run
 
 Reports: TypeAlias = "SimpleQueue[tuple[Config, int]]"
@@ -37,6 +37,7 @@ def configs(
     seeds: int | Sequence[int] = 1,
     subset: int | None = None,
     optimizers: Sequence[str] | None = None,
+    precision: Precision = "float32",
 ) -> list[Config]:
     """Lists the runs of a figure, all optimizers for the first seed before the next seed.
 
@@ -46,6 +47,7 @@ def configs(
         seeds: How many seeds from 0 on, or which ones.
         subset: How many examples to keep of the training set; all by default.
         optimizers: Names of settings; all by default.
+        precision: What the models compute in.
 
     Raises:
         ValueError: The figure or an optimizer is unknown, or a number is out of range.
@@ -60,7 +62,7 @@ def configs(
     task = tasks[figure]
     length = TASKS[task].epochs if epochs is None else epochs
     return [
-        Config(task, name, seed, length, subset=subset)
+        Config(task, name, seed, length, subset=subset, precision=precision)
         for seed in (range(seeds) if isinstance(seeds, int) else seeds)
         for name in optimizers or settings()
     ]

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast, get_args
 
-from quadstep.lab.settings import PEERS
+from quadstep.lab.settings import PEERS, Precision, check_name
 
 FORMAT = 1
 
@@ -39,6 +39,7 @@ class Config:
         epochs: Passes over the training set.
         batch_size: Examples a step.
         subset: How many examples to keep of the training set; all of them if `None`.
+        precision: What the model computes in, by torch's autocast where that is not float32.
     """
 
     task: str
@@ -47,8 +48,10 @@ class Config:
     epochs: int
     batch_size: int = 64
     subset: int | None = None
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
+        check_name("precision", self.precision, get_args(Precision))
         for name, least in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("subset", 1)):
             value = getattr(self, name)
             if value is None and name == "subset":
@@ -62,7 +65,8 @@ class Config:
     @property
     def folder(self) -> str:
         """The name of the folder that holds the records of this task."""
-        return self.task if self.subset is None else f"{self.task}-subset{self.subset}"
+        name = self.task if self.subset is None else f"{self.task}-subset{self.subset}"
+        return name if self.precision == "float32" else f"{name}-{self.precision}"
 
     def path(self, root: Path) -> Path:
         """Where the record of this run lies in the folder of records `root`."""

@@ -19,6 +19,9 @@ DataName = Literal[
     "breast-cancer",
 ]
 
+Precision = Literal["float32", "bfloat16"]
+"""What a model computes in; its weights are in float32 all the same."""
+
 LossName = Literal["cross-entropy", "squared error"]
 """What is trained to be low: a mean over the examples, and over all outputs of an example."""
 
@@ -107,7 +110,7 @@ TASKS = {
     "lenet-cifar10": Task(
         "cifar10", "lenet", epochs=40, figure=4, suite=Part("paper", epochs=12, subset=10_000)
     ),
-    "resnet18-cifar10": Task("cifar10", "resnet18", epochs=50, figure=5),
+    "resnet18-cifar10": Task("cifar10", "resnet18", epochs=50, figure=5, held_out=1000),
     "resnet8-cifar10": Task(
         "cifar10", "resnet8", epochs=6, held_out=1000, suite=Part("network", subset=5000)
     ),

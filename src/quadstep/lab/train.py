@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 
@@ -108,7 +108,7 @@ _OTHER_ORDER = 1 << 15
 
 def step(
     optimizer: Optimizer | Peer,
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     inputs: Tensor,
     labels: Tensor,
     criterion: Loss = functional.cross_entropy,
@@ -181,7 +181,14 @@ class Trial:
         return batches(data.train_inputs, data.train_labels, self.config.batch_size, order)
 
     def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        return step(self.optimizer, self.model, inputs, labels, self.loss)
+        return step(self.optimizer, self._outputs, inputs, labels, self.loss)
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        """Runs the model in the run's precision; losses are made in float32."""
+        reduced = self.config.precision != "float32"
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, dtype=getattr(torch, self.config.precision), enabled=reduced):
+            return self.model(inputs).float()
 
     def evaluate(
         self,
@@ -219,7 +226,7 @@ class Trial:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.float64, device=self.device)
         for some, truth in batches(inputs, labels, EVALUATION_BATCH):
-            output = self.model(some)
+            output = self._outputs(some)
             loss += LOSSES[name](output, truth, reduction="sum")
             right += (output.argmax(1) == truth).sum() if name == "cross-entropy" else math.nan
         return loss.item() / labels.numel(), right.item() / labels.numel()
