@@ -217,7 +217,7 @@ def test_a_number_out_of_range_is_named(name: str, value: Any) -> None:
 
 def test_an_unknown_precision_is_named() -> None:
     unknown: Any = "half"
-    with pytest.raises(ValueError, match="^unknown precision 'half': choose from float32"):
+    with pytest.raises(ValueError, match=r"^unknown precision 'half': choose from float32"):
         replace(CONFIG, precision=unknown)
 
 
