@@ -209,6 +209,19 @@ def test_a_family_needs_all_its_rates():
     assert verdict("1c", records) == "not run"
 
 
+def test_a_part_of_the_training_set_needs_one_rate_of_a_family():
+    def losses(**options):
+        runs = figure(
+            5, lambda epoch: 1.3, lambda name, _: 1.0 if "0.001" in name else 2.0, **options
+        )
+        return [run for run in runs if "0.001" not in run.config.optimizer]
+
+    assert verdict("5a", losses()) == "not run"
+    assert verdict("5a", losses(subset=1000)) == "holds"
+    without = [run for run in losses(subset=1000) if "adagrad" not in run.config.optimizer]
+    assert verdict("5a", without) == "not run"
+
+
 def test_seeds_are_counted_where_they_are_fewest():
     records = list(figure(1, lambda epoch: 0.5, seeds=3))
     assert decide("1c", records).n == 3

@@ -271,7 +271,7 @@ def against(task: str, others: Sequence[str], *parts: Part) -> Rule:
         curves = evidence.curves(task)
         ours = _need(curves, configuration)
         theirs = [
-            _best(curves, name) if name in FAMILIES else _need(curves, name) for name in others
+            _entrant(curves, name) if name in FAMILIES else _need(curves, name) for name in others
         ]
         return Measurement([part.check(ours, theirs) for part in parts], _seeds([ours, *theirs]))
 
@@ -437,6 +437,18 @@ def _need(curves: Mapping[str, Curve], optimizer: str) -> Curve:
 
 def _best(curves: Mapping[str, Curve], family: str) -> Curve:
     return best(_need(curves, f"{family}-{rate}") for rate in RATES)
+
+
+def _entrant(curves: Mapping[str, Curve], family: str) -> Curve:
+    """The curve of a family that LQA is compared with: that of its best rate.
+
+    On the whole training set all rates are to be there; on a part of it one that was chosen
+    elsewhere is enough.
+    """
+    names = [f"{family}-{rate}" for rate in RATES]
+    recorded = [curves[name] for name in names if name in curves]
+    part = any(run.config.subset for curve in recorded for run in curve.runs)
+    return best(recorded) if part else _best(curves, family)
 
 
 def _seeds(curves: Iterable[Curve]) -> int:
