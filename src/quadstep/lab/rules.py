@@ -445,9 +445,10 @@ def _entrant(curves: Mapping[str, Curve], family: str) -> Curve:
     On the whole training set all rates are to be there; on a part of it one that was chosen
     elsewhere is enough.
     """
-    names = [f"{family}-{rate}" for rate in RATES]
-    recorded = [curves[name] for name in names if name in curves]
-    part = any(run.config.subset for curve in recorded for run in curve.runs)
+    rivals = [name for name, row in COMPETITORS.items() if row.family == family]
+    recorded = [curves[name] for name in rivals if name in curves]
+    # The curves of a task rest on one training set.
+    part = any(curve.runs[0].config.subset for curve in recorded)
     return best(recorded) if part else _best(curves, family)
 
 
