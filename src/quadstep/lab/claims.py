@@ -361,9 +361,9 @@ the same zero gradient and never trains, so these start from torch's default ini
 paper's "iteration" is an epoch here. The training loss is measured over the whole training set
 after each epoch, in evaluation mode, and for `lqa-auto` at the averaged weights. Hyperparameters
 that the paper leaves open are torch's defaults. Figure 5 may rest on a part of the training set,
-fewer epochs and a coarser precision, as its section says, and there on one rate a family, the best
-of figure 4, which is the paper's. Algorithm 1 as printed has no safeguard of any kind, and
-`lqa-paper` has none either; `lqa` and `lqa-auto` add what the paper leaves out.
+fewer epochs and a coarser precision, as its section says, and there on one rate a family, which is
+the paper's best for the perceptron of figure 2. Algorithm 1 as printed has no safeguard of any
+kind, and `lqa-paper` has none either; `lqa` and `lqa-auto` add what the paper leaves out.
 """
 
 
