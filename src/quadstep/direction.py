@@ -48,7 +48,13 @@ class Gradient:
 
 
 class NormalisedGradient:
-    """The gradient divided by the root of its running mean square, as in RMSProp and Adam.
+    """The gradient divided by the root of its running mean square, as in RMSProp and Adam, centred.
+
+    Where inputs share a sign, as pixels do and whatever a ReLU lets through, so do the gradients of
+    the weights that they meet, and entries of one size then add up: they shift an output as far as
+    its bias would with as many times the rate, which silences units for good and keeps the rate of
+    all others small. So the mean over the inputs (all dimensions but the first) is taken out of the
+    weights of each output, but for the part that moves an output as far as its bias does.
 
     Its own root mean square, about one, is kept from exceeding one: a batch with far larger
     gradients than those before it would take a step that no measurement vouched for, and does so
@@ -64,7 +70,7 @@ class NormalisedGradient:
         self.eps = eps
 
     def line(self, groups: list[Group], state: State, rate: float, measured: bool) -> Line:
-        """Advances the running mean square and divides by its root."""
+        """Advances the running mean square, divides by its root and centres."""
         blocks = gather(groups, rate)
         for block in blocks:
             states = [state[owner] for owner in block.owners]
@@ -93,6 +99,7 @@ class NormalisedGradient:
             torch._foreach_rsqrt_(scales)
             torch._foreach_mul_(scales, block.direction)
             block.direction = list(scales)
+            _centre(block)
         _limit(blocks)
         for block in blocks:
             if block.weight_decay:
@@ -129,6 +136,15 @@ class Displacement:
             block.direction = list(torch._foreach_sub(origin, block.params))
             block.unit = rate or 1.0
         return line
+
+
+def _centre(block: Block) -> None:
+    """Takes the mean over the n inputs out of the weights of each output, all but an n-th of it."""
+    for owner, part in zip(block.owners, block.direction, strict=True):
+        inputs = math.prod(owner.shape[1:])
+        if owner.dim() > 1 and inputs > 1:
+            mean = part.mean(dim=tuple(range(1, owner.dim())), keepdim=True)
+            part.sub_(mean, alpha=1.0 - 1.0 / inputs)
 
 
 def _limit(blocks: list[Block]) -> None:
