@@ -52,3 +52,15 @@ def schedule_free(
         x = x + (z - x) * (1.0 + power) / (t + power)
         y = (1.0 - beta) * z + beta * x
     return x, y, z
+
+
+def normalised(grads: list[Tensor], decay: float = 0.999, eps: float = 1e-8) -> Tensor:
+    """The default's direction after these gradients of one parameter, an output at a time."""
+    mean_square = torch.zeros_like(grads[0])
+    for grad in grads:
+        mean_square = decay * mean_square + (1.0 - decay) * grad * grad
+    d = grads[-1] / (mean_square / (1.0 - decay ** len(grads)) + eps**2).sqrt()
+    if d.dim() > 1 and d.numel():
+        for output in d:
+            output -= output.mean() * (1.0 - 1.0 / output.numel())
+    return d / max(1.0, d.square().mean().nan_to_num().sqrt().item())

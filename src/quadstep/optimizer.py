@@ -83,7 +83,8 @@ class LQA(Optimizer):
         params: parameters or param groups, or a `torch.optim` optimizer, whose steps are then the
             directions and whose learning rates are measured. The learning rates of several groups
             keep their ratios.
-        direction: "rms", the gradient over its running root mean square, or "sgd", the gradient.
+        direction: "rms", the gradient over its running root mean square, centred over the inputs of
+            each output, or "sgd", the gradient.
         averaging: "schedule-free" takes greedy steps and keeps their average, shown by `eval()`;
             None keeps the last iterate. By default schedule-free along "rms", else None.
         delta0: the first rate and probe radius; later ones are measured. By default 1e-4 along
