@@ -42,12 +42,10 @@ def schedule_free(
     weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The averaged iterates along the normalised gradient, x, y and z each kept for itself."""
-    x, y, z, v = start.clone(), start.clone(), start.clone(), torch.zeros_like(start)
+    x, y, z, grads = start.clone(), start.clone(), start.clone(), []
     for t, rate in enumerate(rates, start=1):
-        g = gradient(y)
-        v = decay * v + (1.0 - decay) * g * g
-        d = g / (v / (1.0 - decay**t) + eps**2).sqrt()
-        d = d / max(1.0, d.square().mean().sqrt().item()) + weight_decay * y
+        grads.append(gradient(y))
+        d = normalised(grads, decay, eps) + weight_decay * y
         z = z - kappa * rate * d
         x = x + (z - x) * (1.0 + power) / (t + power)
         y = (1.0 - beta) * z + beta * x
@@ -55,12 +53,16 @@ def schedule_free(
 
 
 def normalised(grads: list[Tensor], decay: float = 0.999, eps: float = 1e-8) -> Tensor:
-    """The default's direction after these gradients of one parameter, an output at a time."""
+    """The default's direction after these gradients of one parameter."""
     mean_square = torch.zeros_like(grads[0])
     for grad in grads:
         mean_square = decay * mean_square + (1.0 - decay) * grad * grad
-    d = grads[-1] / (mean_square / (1.0 - decay ** len(grads)) + eps**2).sqrt()
-    if d.dim() > 1 and d.numel():
-        for output in d:
-            output -= output.mean() * (1.0 - 1.0 / output.numel())
+    d = centred(grads[-1] / (mean_square / (1.0 - decay ** len(grads)) + eps**2).sqrt())
     return d / max(1.0, d.square().mean().nan_to_num().sqrt().item())
+
+
+def centred(d: Tensor) -> Tensor:
+    """A direction without the mean over the n inputs of each output, but for an n-th of it."""
+    if d.dim() < 2 or not d.numel():
+        return d
+    return torch.stack([row - row.mean() * (1.0 - 1.0 / row.numel()) for row in d])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from problems import identical, noisy_classification, values
+from reference import centred
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -107,10 +108,7 @@ def test_the_line_of_the_default_leads_from_where_gradients_are_taken() -> None:
             zip(model.parameters(), there.parameters(), strict=True)
         ):
             state = optimizer.state[param]
-            direction = param.grad / (state["square"] + 1e-16).sqrt()
-            if param.dim() > 1:
-                mean = direction.mean(dim=1, keepdim=True)
-                direction = direction - (1 - 1 / param.shape[1]) * mean
+            direction = centred(param.grad / (state["square"] + 1e-16).sqrt())
             moved.data -= found.rate * direction
             # The fast iterate steps four times as far.
             assert torch.allclose(fast[index] - state["z"], 4 * found.rate * direction)

@@ -142,7 +142,7 @@ def _centre(block: Block) -> None:
     """Takes the mean over the n inputs out of the weights of each output, all but an n-th of it."""
     for owner, part in zip(block.owners, block.direction, strict=True):
         inputs = math.prod(owner.shape[1:])
-        if owner.dim() > 1 and inputs > 1:
+        if inputs > 1:
             mean = part.mean(dim=tuple(range(1, owner.dim())), keepdim=True)
             part.sub_(mean, alpha=1.0 - 1.0 / inputs)
 
