@@ -70,6 +70,16 @@ def test_an_error_in_a_probe_leaves_nothing_displaced(error):
     assert torch.equal(part.params[0], before)
 
 
+@pytest.fixture(params=[np.random.MT19937, np.random.PCG64])
+def bit_generator(request):
+    """What NumPy's global functions draw from."""
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(request.param(0))
+    yield
+    np.random.set_bit_generator(before)
+
+
+@pytest.mark.usefixtures("bit_generator")
 def test_a_moment_brings_back_all_random_generators():
     surroundings = Surroundings()
     moment = surroundings.capture({torch.device("cpu")})
@@ -82,10 +92,21 @@ def test_a_moment_brings_back_all_random_generators():
     assert draw() == drawn
 
 
-def test_only_generators_that_advanced_are_kept():
+DRAWS = {
+    "torch": lambda: torch.rand(()),
+    "python": random.random,
+    "numpy": lambda: np.random.random(),  # noqa: NPY002
+    "numpy's second of two normals": lambda: np.random.randn(),  # noqa: NPY002
+}
+
+
+@pytest.mark.usefixtures("bit_generator")
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_only_generators_that_advanced_are_kept(draw):
+    np.random.randn()  # noqa: NPY002
     surroundings = Surroundings()
     before = surroundings.capture({torch.device("cpu")})
-    torch.rand(())
+    draw()
     then, now = surroundings.capture({torch.device("cpu")}).advanced(before)
     assert len(then.generators) == len(now.generators) == 1
 

@@ -11,6 +11,7 @@ parameters while a line is measured and returns them bit for bit.
 from __future__ import annotations
 
 import operator
+import pickle
 import random
 import sys
 import warnings
@@ -354,7 +355,9 @@ def _generators(devices: Iterable[torch.device]) -> list[RandomSource]:
     if numpy is not None:
 
         def same(one: Any, other: Any) -> bool:
-            return one[2:] == other[2:] and bool((one[1] == other[1]).all())
+            return pickle.dumps(one) == pickle.dumps(other)
 
-        generators.append(RandomSource(numpy.random.get_state, numpy.random.set_state, same))
+        # The dictionary is what every bit generator has, and half the time of the legacy tuple.
+        get = partial(numpy.random.get_state, legacy=False)
+        generators.append(RandomSource(get, numpy.random.set_state, same))
     return generators
