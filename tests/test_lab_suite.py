@@ -27,6 +27,7 @@ def ended(
     losses: Sequence[float],
     *,
     test: float | None = None,
+    accuracy: float = 0.5,
     seed: int = 0,
     status: Outcome = "finished",
     data: str = "same",
@@ -39,7 +40,9 @@ def ended(
 
     def row(epoch: Epoch) -> Epoch:
         held_out = epoch.train_loss if test is None else test
-        return replace(epoch, test_loss=held_out, backwards=10 * epoch.epoch)
+        return replace(
+            epoch, test_loss=held_out, test_accuracy=accuracy, backwards=10 * epoch.epoch
+        )
 
     return replace(
         made,
@@ -79,6 +82,26 @@ def test_what_is_not_of_the_suite_is_refused() -> None:
         configs(optimizers=["lqa-paper"])
     with pytest.raises(ValueError, match="seeds must be at least 1: got 0"):
         configs(seeds=0)
+
+
+def test_the_accuracy_stands_beside_the_highest_of_any_hand_tuned_optimizer(tmp_path: Path) -> None:
+    report, _ = write(
+        judge(
+            [
+                ended("mlp-digits", SUBJECT, [1.0, 0.3], accuracy=0.9),
+                ended("mlp-digits", "sgd-0.1", [1.0, 0.2], accuracy=0.8),
+                ended("mlp-digits", "adamw-0.003", [1.0, 0.4], accuracy=0.95),
+                ended("mlp-digits", "adam-0.1", [1.0, 0.4], accuracy=math.nan),
+                ended("autoencoder-digits", SUBJECT, [1.0, 0.3], accuracy=math.nan),
+                ended("autoencoder-digits", "sgd-0.1", [1.0, 0.2], accuracy=math.nan),
+            ]
+        ),
+        tmp_path,
+    )
+    held_out = report.read_text().split("\n## ")[2].splitlines()
+    cells = {line.split(" | ")[0]: line.split(" | ")[-1] for line in held_out if "|" in line}
+    assert cells["| mlp-digits"] == "90.0% (95.0%) |"
+    assert cells["| autoencoder-digits"] == " |"
 
 
 def test_the_best_is_chosen_by_the_loss_that_it_is_compared_by() -> None:

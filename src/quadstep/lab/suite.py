@@ -103,6 +103,7 @@ class Score:
     Attributes:
         train_loss: The median over the seeds of the last training loss; inf if diverged.
         test_loss: The same of the held-out loss.
+        test_accuracy: The same of the held-out accuracy; nan if nothing is classified.
         train_ratio: The training loss over that of the hand-tuned optimizer with the lowest one.
         test_ratio: The held-out loss over that of the hand-tuned optimizer with the lowest one.
         seconds: The median time that training took.
@@ -113,6 +114,7 @@ class Score:
 
     train_loss: float
     test_loss: float
+    test_accuracy: float
     train_ratio: float
     test_ratio: float
     seconds: float
@@ -213,6 +215,9 @@ def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
             name: Score(
                 train_loss=train[name],
                 test_loss=test[name],
+                test_accuracy=float(
+                    np.median([run.epochs[-1].test_accuracy for run in curve.runs])
+                ),
                 train_ratio=ratio(train[name], train[best]),
                 test_ratio=ratio(test[name], test[best_held_out]),
                 seconds=float(np.median([run.epochs[-1].seconds for run in curve.runs])),
@@ -433,7 +438,7 @@ def _report(outcomes: Sequence[Outcome]) -> str:
         "## Held-out loss",
         "",
         *markdown_table(
-            ["task", "best hand-tuned", "its loss", SUBJECT, "ratio", "lqa"],
+            ["task", "best hand-tuned", "its loss", SUBJECT, "ratio", "lqa", "accuracy"],
             [_held_out_row(outcome) for outcome in outcomes],
         ),
         *_peer_lines(outcomes),
@@ -470,6 +475,7 @@ def _held_out_row(outcome: Outcome) -> list[str]:
         _loss(outcome.score.test_loss),
         _times(outcome.score.test_ratio),
         _times(outcome.scores["lqa"].test_ratio) if "lqa" in outcome.scores else "",
+        _accuracy(outcome),
     ]
 
 
@@ -530,6 +536,13 @@ def _steps(outcome: Outcome) -> str:
     return f"{_share(outcome.reached)} of {outcome.steps:,}"
 
 
+def _accuracy(outcome: Outcome) -> str:
+    if math.isnan(outcome.score.test_accuracy):
+        return ""
+    tuned = [outcome.scores[name].test_accuracy for name in HAND_TUNED if name in outcome.scores]
+    return f"{outcome.score.test_accuracy:.1%} ({np.nanmax(tuned):.1%})"
+
+
 def _loss(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "diverged"
 
@@ -555,6 +568,7 @@ _READING = f"""
 - *steps*: after which share of its steps `{SUBJECT}` has come down to where the best hand-tuned run
   ends, between epochs on the logarithm of the loss. A task on which it is not reached makes goal b
   fail.
+- *accuracy*: of `{SUBJECT}` on the held-out set, beside the highest of any hand-tuned optimizer.
 - *seconds*: training alone, beside that of the best hand-tuned optimizer; runs that share a
   machine slow each other down.
 - *stalled*: a stress run that ends above {STALLED:g} times its first loss, or above {STALLED:g}
