@@ -132,6 +132,7 @@ _ROLES: dict[str, Any] = {
     "hand-tuned": {"marker": "o", "color": "#999999", "markersize": 5, "alpha": 0.7},
     "peers": {"marker": "^", "color": "#56B4E9", "markersize": 6},
     "lqa": {"marker": "s", "color": "#0072B2", "markersize": 7},
+    "lqa-auto-decay": {"marker": "D", "color": "#D55E00", "markersize": 7, "fillstyle": "none"},
     "lqa-auto": {"marker": "D", "color": "#D55E00", "markersize": 9, "markeredgecolor": "black"},
 }
 """How the dots of the suite are drawn, the later above the earlier."""

@@ -194,6 +194,10 @@ BASES = {"lqa-paper": "sgd", "lqa": "sgd", "lqa-auto": "adamw"}
 """The optimizer of torch that takes steps of the same kind, and that costs are compared with."""
 
 
+VARIANTS = ("lqa", "lqa-auto-decay")
+"""Settings of LQA that the suite shows beside `lqa-auto`, the second of them with weight decay."""
+
+
 def settings() -> tuple[str, ...]:
     """Names every optimizer setting of the paper's figures, the competitors first."""
     return (*COMPETITORS, *CONFIGURATIONS)
@@ -201,7 +205,7 @@ def settings() -> tuple[str, ...]:
 
 def suite_settings() -> tuple[str, ...]:
     """Names every optimizer setting of the suite, those of LQA first."""
-    return ("lqa-auto", "lqa", *HAND_TUNED, *PEERS)
+    return ("lqa-auto", *VARIANTS, *HAND_TUNED, *PEERS)
 
 
 def check_task(name: str) -> None:

@@ -6,7 +6,7 @@ alone; the goals that decide it were fixed before the runs.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from quadstep.lab.settings import (
     STRESS,
     SUITE,
     TASKS,
+    VARIANTS,
     check_name,
     suite_settings,
 )
@@ -431,14 +432,23 @@ def _report(outcomes: Sequence[Outcome]) -> str:
         "## Training loss",
         "",
         *markdown_table(
-            ["task", "best hand-tuned", "its loss", SUBJECT, "ratio", "lqa", "steps", "seconds"],
+            [
+                "task",
+                "best hand-tuned",
+                "its loss",
+                SUBJECT,
+                "ratio",
+                *VARIANTS,
+                "steps",
+                "seconds",
+            ],
             [_training_row(outcome) for outcome in outcomes],
         ),
         "",
         "## Held-out loss",
         "",
         *markdown_table(
-            ["task", "best hand-tuned", "its loss", SUBJECT, "ratio", "lqa", "accuracy"],
+            ["task", "best hand-tuned", "its loss", SUBJECT, "ratio", *VARIANTS, "accuracy"],
             [_held_out_row(outcome) for outcome in outcomes],
         ),
         *_peer_lines(outcomes),
@@ -461,7 +471,7 @@ def _training_row(outcome: Outcome) -> list[str]:
         _loss(best.train_loss),
         _loss(outcome.score.train_loss) + _casualties(outcome.score),
         _times(outcome.score.train_ratio),
-        _times(outcome.scores["lqa"].train_ratio) if "lqa" in outcome.scores else "",
+        *_ratios(outcome, VARIANTS, lambda score: score.train_ratio),
         _steps(outcome),
         f"{outcome.score.seconds:.1f} ({best.seconds:.1f})",
     ]
@@ -474,7 +484,7 @@ def _held_out_row(outcome: Outcome) -> list[str]:
         _loss(outcome.scores[outcome.best_held_out].test_loss),
         _loss(outcome.score.test_loss),
         _times(outcome.score.test_ratio),
-        _times(outcome.scores["lqa"].test_ratio) if "lqa" in outcome.scores else "",
+        *_ratios(outcome, VARIANTS, lambda score: score.test_ratio),
         _accuracy(outcome),
     ]
 
@@ -484,11 +494,7 @@ def _peer_lines(outcomes: Sequence[Outcome]) -> list[str]:
     if not shares:
         return ["", "No peer is recorded."]
     rows = [
-        [outcome.task, _times(outcome.score.train_ratio)]
-        + [
-            _times(outcome.scores[peer].train_ratio) if peer in outcome.scores else ""
-            for peer in shares
-        ]
+        [outcome.task, *_ratios(outcome, [SUBJECT, *shares], lambda score: score.train_ratio)]
         for outcome in outcomes
     ]
     total = [f"{won} of {of}" for won, of in shares.values()]
@@ -503,6 +509,13 @@ def _peer_lines(outcomes: Sequence[Outcome]) -> list[str]:
             ["task", SUBJECT, *shares], [*rows, [f"{SUBJECT} level or ahead", "", *total]]
         ),
     ]
+
+
+def _ratios(
+    outcome: Outcome, names: Iterable[str], ratio: Callable[[Score], float]
+) -> Iterator[str]:
+    for name in names:
+        yield _times(ratio(outcome.scores[name])) if name in outcome.scores else ""
 
 
 def _task_row(task: str, outcomes: Iterable[Outcome]) -> list[str]:
@@ -564,7 +577,8 @@ _READING = f"""
   their data are level, and rounding does not decide between them.
 - The best hand-tuned optimizer is chosen on each task by the very loss that it is compared by, for
   training and held-out loss separately, with the same seeds: the choice is in its favour.
-- *ratio*: the loss over that of the best hand-tuned optimizer; *lqa*: the same for `lqa`.
+- *ratio*: the loss over that of the best hand-tuned optimizer; *lqa*: the same for `lqa`;
+  *lqa-auto-decay*: the same for `LQA(params, weight_decay=0.1)`.
 - *steps*: after which share of its steps `{SUBJECT}` has come down to where the best hand-tuned run
   ends, between epochs on the logarithm of the loss. A task on which it is not reached makes goal b
   fail.
