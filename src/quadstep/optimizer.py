@@ -92,8 +92,8 @@ class LQA(Optimizer):
         every: measure once in so many steps (and at once whenever the last measurement hit a
             limit). By default 10 with averaging and 1 without.
         weight_decay: along "rms", what each step takes off the parameters, in proportion to them
-            and to the rate, as AdamW does; groups may have their own. The line that is measured
-            includes it.
+            and to the rate, as AdamW does and by default as much, 0.01; groups may have their own.
+            The line that is measured includes it.
         process_group: the processes that train together, over which the measured losses are
             averaged. By default all processes; a group of one trains by itself.
 
@@ -113,7 +113,7 @@ class LQA(Optimizer):
         averaging: Literal["auto", "schedule-free"] | None = "auto",
         delta0: float | None = None,
         every: int | None = None,
-        weight_decay: float = 0.0,
+        weight_decay: float | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         base: Optimizer | None = params if isinstance(params, Optimizer) else None
@@ -133,6 +133,8 @@ class LQA(Optimizer):
         if delta0 is None:
             delta0 = 1e-4 if greedy else 0.1
         _check_delta0(delta0)
+        if weight_decay is None:
+            weight_decay = 0.01 if greedy else 0.0
 
         self._direction: Direction
         if base is not None:
@@ -587,7 +589,10 @@ def _scalar(loss: Tensor) -> Tensor:
 
 
 def _check_base(
-    base: Optimizer, direction: str | None, delta0: float | None, weight_decay: float
+    base: Optimizer,
+    direction: str | None,
+    delta0: float | None,
+    weight_decay: float | None,
 ) -> None:
     if isinstance(base, LQA | torch.optim.LBFGS):
         raise TypeError(
