@@ -184,7 +184,7 @@ class TestMixedPrecision:
         """The mean square of a small gradient is zero in float16, and so is 1e-8."""
         torch.manual_seed(0)
         table = nn.Embedding(6, 4, dtype=dtype)
-        opt = LQA(table.parameters())
+        opt = LQA(table.parameters(), weight_decay=0)
         unused = table.weight[5].clone()
         for _ in range(30):
             opt.step(lambda: 1.0 + table(torch.arange(5)).float().square().mean() / 100)
@@ -350,6 +350,13 @@ class TestParameters:
         assert rates[0] != 1e-3
         assert [group["weight_decay"] for group in opt.param_groups] == [0.1, 0.0]
         assert full_loss(task) < start
+
+    @pytest.mark.parametrize(
+        ("own", "decay"), [({}, 0.01), ({"averaging": None}, 0.01), ({"direction": "sgd"}, 0.0)]
+    )
+    def test_weights_decay_by_default_along_the_normalised_gradient(self, own, decay):
+        opt = LQA(nn.Linear(2, 1).parameters(), **own)
+        assert opt.param_groups[0]["weight_decay"] == decay
 
     def test_weight_decay_shrinks_the_groups_that_ask_for_it(self):
         def sizes(**options):
