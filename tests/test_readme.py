@@ -3,7 +3,21 @@ from pathlib import Path
 
 import torch
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+def rows(text, start):
+    """The rows of the first table after `start`, by their first cells."""
+    lines = text[text.index(start) :].split("\n")
+    first = next(index for index, line in enumerate(lines) if line.startswith("|"))
+    cells = {}
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        task, *rest = (cell.strip() for cell in line.strip("|").split("|"))
+        cells[task] = rest
+    return cells
 
 
 def test_the_examples_run_as_printed(capsys):
@@ -16,3 +30,11 @@ def test_the_examples_run_as_printed(capsys):
     rate, accuracy = capsys.readouterr().out.split(maxsplit=1)
     assert float(rate) > 0.0
     assert float(accuracy.removeprefix("tensor(").removesuffix(")\n")) > 0.9
+
+
+def test_the_suite_is_shown_as_it_was_recorded():
+    report = (ROOT / "results" / "SUITE.md").read_text()
+    training, held_out = rows(report, "## Training loss"), rows(report, "## Held-out loss")
+    assert rows(README.read_text(), "## The suite") == {
+        task: [*training[task][:4], held_out[task][3], held_out[task][-1]] for task in training
+    }
