@@ -8,7 +8,16 @@ from torch.optim import SGD, Adagrad, Adam, RMSprop
 
 from quadstep import LQA
 from quadstep.lab import data, models, optimizers
-from quadstep.lab.settings import COMPETITORS, FAMILIES, HAND_TUNED, SHAPES, SUITE, TASKS, settings
+from quadstep.lab.settings import (
+    COMPETITORS,
+    FAMILIES,
+    HAND_TUNED,
+    SHAPES,
+    SUITE,
+    TASKS,
+    VARIANTS,
+    settings,
+)
 from quadstep.lab.train import LOSSES
 
 CLASSES = {
@@ -129,7 +138,7 @@ def test_there_are_18_competitors_and_3_configurations() -> None:
     assert {row.family for row in COMPETITORS.values()} == set(FAMILIES)
     assert COMPETITORS["sgd-nag-0.001"].rate == 0.001
     assert settings()[-3:] == ("lqa-paper", "lqa", "lqa-auto")
-    assert set(optimizers.BUILDERS) == {*settings(), *HAND_TUNED}
+    assert set(optimizers.BUILDERS) == {*settings(), *VARIANTS, *HAND_TUNED}
 
 
 @pytest.mark.parametrize("name", settings())
