@@ -2,22 +2,10 @@ import re
 from pathlib import Path
 
 import torch
+from reports import rows
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-
-
-def rows(text, start):
-    """The rows of the first table after `start`, by their first cells."""
-    lines = text[text.index(start) :].split("\n")
-    first = next(index for index, line in enumerate(lines) if line.startswith("|"))
-    cells = {}
-    for line in lines[first + 2 :]:
-        if not line.startswith("|"):
-            break
-        task, *rest = (cell.strip() for cell in line.strip("|").split("|"))
-        cells[task] = rest
-    return cells
 
 
 def test_the_examples_run_as_printed(capsys):

@@ -193,9 +193,8 @@ CONFIGURATIONS = ("lqa-paper", "lqa", "lqa-auto")
 BASES = {"lqa-paper": "sgd", "lqa": "sgd", "lqa-auto": "adamw"}
 """The optimizer of torch that takes steps of the same kind, and that costs are compared with."""
 
-
 VARIANTS = ("lqa", "lqa-auto-decay")
-"""Settings of LQA that the suite shows beside `lqa-auto`, the second of them with weight decay."""
+"""What the suite shows beside `lqa-auto`; the second is that with ten times its weight decay."""
 
 
 def settings() -> tuple[str, ...]:

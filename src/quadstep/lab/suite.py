@@ -16,6 +16,7 @@ import numpy as np
 from quadstep.lab.curves import Array, Curve, display, title
 from quadstep.lab.records import (
     Config,
+    Epoch,
     Record,
     RecordError,
     finite,
@@ -216,12 +217,10 @@ def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
             name: Score(
                 train_loss=train[name],
                 test_loss=test[name],
-                test_accuracy=float(
-                    np.median([run.epochs[-1].test_accuracy for run in curve.runs])
-                ),
+                test_accuracy=_at_end(curve, lambda epoch: epoch.test_accuracy),
                 train_ratio=ratio(train[name], train[best]),
                 test_ratio=ratio(test[name], test[best_held_out]),
-                seconds=float(np.median([run.epochs[-1].seconds for run in curve.runs])),
+                seconds=_at_end(curve, lambda epoch: epoch.seconds),
                 seeds=len(curve.runs),
                 diverged=sum(run.status == "diverged" for run in curve.runs),
                 stalled=sum(map(_stalled, curve.runs)) if SUITE[task].group == STRESS else 0,
@@ -238,6 +237,11 @@ def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
 def _last(losses: Array) -> float:
     """The median over the seeds at the end; what is not a number counts as infinite."""
     return float(np.median(np.nan_to_num(losses[:, -1], nan=math.inf, posinf=math.inf)))
+
+
+def _at_end(curve: Curve, value: Callable[[Epoch], float]) -> float:
+    """The median over the seeds of what their last epochs hold."""
+    return float(np.median([value(run.epochs[-1]) for run in curve.runs]))
 
 
 def _reached(losses: Array, level: float) -> float:
@@ -470,8 +474,7 @@ def _training_row(outcome: Outcome) -> list[str]:
         display(outcome.best),
         _loss(best.train_loss),
         _loss(outcome.score.train_loss) + _casualties(outcome.score),
-        _times(outcome.score.train_ratio),
-        *_ratios(outcome, VARIANTS, lambda score: score.train_ratio),
+        *_ratios(outcome, [SUBJECT, *VARIANTS], lambda score: score.train_ratio),
         _steps(outcome),
         f"{outcome.score.seconds:.1f} ({best.seconds:.1f})",
     ]
@@ -483,8 +486,7 @@ def _held_out_row(outcome: Outcome) -> list[str]:
         display(outcome.best_held_out),
         _loss(outcome.scores[outcome.best_held_out].test_loss),
         _loss(outcome.score.test_loss),
-        _times(outcome.score.test_ratio),
-        *_ratios(outcome, VARIANTS, lambda score: score.test_ratio),
+        *_ratios(outcome, [SUBJECT, *VARIANTS], lambda score: score.test_ratio),
         _accuracy(outcome),
     ]
 
