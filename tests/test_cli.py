@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from runs import grid
 
 import quadstep.lab
@@ -122,6 +123,24 @@ def test_a_folder_that_cannot_be_written(run, results):
     assert status == 1
     assert str(results / "file") in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "supported", "warned"),
+    [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)],
+)
+def test_reproduce_warns_of_an_emulated_precision(
+    precision, supported, warned, run, monkeypatch, tmp_path
+):
+    from quadstep.lab import grid
+
+    monkeypatch.setattr(grid, "execute", lambda wanted, **options: 0)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    command = ["reproduce", "--figure", "5", "--precision", precision, "--out", tmp_path]
+    status, _, told = run(*command)
+    assert status == 0
+    assert told.startswith("This processor has no instructions for bfloat16") == warned
 
 
 def test_reproduce_asks_for_the_runs(run, monkeypatch, tmp_path):
