@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -92,8 +93,7 @@ class NormalisedGradient:
             torch._foreach_mul_(squares, [1.0 - weight for weight in weights])
             torch._foreach_addcmul_(squares, block.direction, block.direction, weights)
             # In half precision the square of eps is zero, and so is that of a small gradient.
-            types = [torch.finfo(square.dtype) for square in squares]
-            floors = [max(self.eps**2, kind.tiny * kind.eps) for kind in types]
+            floors = [max(self.eps**2, _smallest(square.dtype)) for square in squares]
             # Every pass through memory counts: this is one fewer than by way of the root.
             scales = torch._foreach_add(squares, floors)
             torch._foreach_rsqrt_(scales)
@@ -138,6 +138,13 @@ class Displacement:
         return line
 
 
+@cache
+def _smallest(dtype: torch.dtype) -> float:
+    """The smallest positive number of a type, below its normal ones."""
+    kind = torch.finfo(dtype)
+    return kind.tiny * kind.eps
+
+
 def _centre(block: Block) -> None:
     """Takes the mean over the n inputs out of the weights of each output, all but an n-th of it."""
     for owner, part in zip(block.owners, block.direction, strict=True):
@@ -149,9 +156,10 @@ def _centre(block: Block) -> None:
 
 def _limit(blocks: list[Block]) -> None:
     """Scales the directions together to a root mean square of at most one."""
-    parts = [part for block in blocks for part in block.direction]
-    root = max(1, sum(part.numel() for part in parts)) ** 0.5
-    if all(at_hand(part) and not is_distributed(part) for part in parts):
+    root = max(1, sum(part.numel() for block in blocks for part in block.direction)) ** 0.5
+    # All of a block are on one device or mesh.
+    firsts = [block.direction[0] for block in blocks]
+    if all(at_hand(first) and not is_distributed(first) for first in firsts):
         norms = [norm for block in blocks for norm in torch._foreach_norm(block.direction)]
         excess = math.hypot(*map(float, norms)) / root
         if excess > 1.0:
