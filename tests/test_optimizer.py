@@ -409,6 +409,58 @@ class TestClosures:
             opt.step(probed.closure(step), loss=loss)
             assert identical(list(plain.model.buffers()), list(probed.model.buffers()))
 
+    @pytest.mark.filterwarnings("ignore:the closure calls backward:UserWarning")
+    def test_a_closure_that_runs_backward_adds_to_what_was_accumulated(self, configuration):
+        whole, parts = classification(dtype=torch.float64), classification(dtype=torch.float64)
+        expected, opt = (configuration(task.model.parameters()) for task in (whole, parts))
+        for step in range(12):
+            expected.zero_grad()
+            whole.closure(step + 100)().backward()
+            loss = whole.closure(step)()
+            loss.backward()
+            expected.step(whole.closure(step), loss=loss)
+
+            def closure(step=step):
+                loss = parts.closure(step)()
+                loss.backward()
+                return loss
+
+            opt.zero_grad()
+            parts.closure(step + 100)().backward()
+            opt.step(closure)
+        assert identical(values(whole.model), values(parts.model))
+
+    def test_what_was_accumulated_is_cleared_for_a_closure_that_only_runs_forward(
+        self, configuration
+    ):
+        cleared, left = classification(dtype=torch.float64), classification(dtype=torch.float64)
+        expected, opt = (configuration(task.model.parameters()) for task in (cleared, left))
+        for step in range(12):
+            expected.step(cleared.closure(step))
+            left.closure(step + 100)().backward()
+            opt.step(left.closure(step))
+        assert identical(values(cleared.model), values(left.model))
+
+    @pytest.mark.filterwarnings("ignore:the closure calls backward:UserWarning")
+    @pytest.mark.parametrize("runs_backward", [True, False])
+    def test_what_the_last_step_left_is_cleared(self, configuration, runs_backward):
+        cleared, left = classification(dtype=torch.float64), classification(dtype=torch.float64)
+        expected, opt = (configuration(task.model.parameters()) for task in (cleared, left))
+        for step in range(12):
+            expected.step(cleared.closure(step))
+
+            def closure(step=step):
+                loss = left.closure(step)()
+                if runs_backward:
+                    loss.backward()
+                return loss
+
+            if step == 5:
+                with pytest.raises(ZeroDivisionError):
+                    opt.step(lambda closure=closure: closure() / (1 // 0))
+            opt.step(closure)
+        assert identical(values(cleared.model), values(left.model))
+
     @pytest.mark.parametrize("set_to_none", [True, False])
     def test_a_closure_that_runs_backward_is_warned_of_once_and_works(
         self, configuration, set_to_none

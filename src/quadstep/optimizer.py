@@ -46,6 +46,9 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 AUDIT = 100
 """Of so many measurements one evaluates the loss twice at the same parameters."""
 
+_SPENT = "_quadstep_spent"
+"""The attribute of a gradient that keeps the version at which a step has used it."""
+
 CANCELLING = 1 / 64
 """What is left of the rounding errors of single values in their mean, the loss."""
 
@@ -258,6 +261,7 @@ class LQA(Optimizer):
             if line is not None:
                 line.restore()
             before.restore()
+            self._spend_gradients()
             raise
         return self._finish(centre, decision, own, probes)
 
@@ -403,20 +407,7 @@ class LQA(Optimizer):
     def _gradient_pass(self, closure: Closure, loss: Tensor | None, before: Moment) -> Tensor:
         """Evaluates the loss and its gradients, unless the caller has done so."""
         if loss is None:
-            self.zero_grad()
-            with torch.enable_grad(), self._surroundings.discovering(before, self._devices):
-                loss = closure()
-            _check_loss(loss, "closure")
-            # Gradients were cleared: any that are here now come from the closure itself.
-            if any(param.grad is not None for param in self._parameters()):
-                self._note_backward_in_closure()
-            elif not loss.requires_grad:
-                raise RuntimeError(
-                    "the loss that closure returned does not require grad; compute it from the "
-                    "optimizer's parameters, without torch.no_grad(), .detach() or .item()"
-                )
-            else:
-                torch.autograd.backward(loss)
+            loss = self._evaluate(closure, before)
         if all(param.grad is None for param in self._parameters()):
             raise RuntimeError(
                 "no parameter of the optimizer has a gradient; compute the loss from the "
@@ -425,12 +416,49 @@ class LQA(Optimizer):
             )
         return whole(loss.detach())
 
+    def _evaluate(self, closure: Closure, before: Moment) -> Tensor:
+        """Evaluates the closure, and runs backward unless it does.
+
+        What a caller has accumulated since the last step is left to a closure that runs backward,
+        to clear or to add to.
+        """
+        accumulated = self._has_fresh_gradients()
+        if not accumulated:
+            self.zero_grad()
+        self._spend_gradients()
+        with torch.enable_grad(), self._surroundings.discovering(before, self._devices):
+            loss = closure()
+        _check_loss(loss, "closure")
+        if self._has_fresh_gradients():
+            self._note_backward_in_closure()
+        elif not loss.requires_grad:
+            raise RuntimeError(
+                "the loss that closure returned does not require grad; compute it from the "
+                "optimizer's parameters, without torch.no_grad(), .detach() or .item()"
+            )
+        else:
+            if accumulated:
+                self.zero_grad()
+            torch.autograd.backward(loss)
+        return loss
+
+    def _has_fresh_gradients(self) -> bool:
+        """Whether a gradient has come, or has been added to, since all were spent."""
+        grads: list[Any] = [param.grad for param in self._parameters() if param.grad is not None]
+        return any(getattr(grad, _SPENT, None) != grad._version for grad in grads)
+
+    def _spend_gradients(self) -> None:
+        """Marks the gradients that there are, for later ones to be told from them."""
+        for param in self._parameters():
+            if param.grad is not None:
+                setattr(param.grad, _SPENT, param.grad._version)
+
     def _note_backward_in_closure(self) -> None:
         if not self._closure_runs_backward:
             warnings.warn(
                 "the closure calls backward() itself, so each probe pays for a backward pass; "
                 "return the loss alone, LQA runs backward",
-                stacklevel=6,
+                stacklevel=7,
             )
         self._closure_runs_backward = True
 
@@ -555,6 +583,7 @@ class LQA(Optimizer):
 
     def _finish(self, loss: Tensor, decision: Decision, own: int, probes: int = 0) -> Tensor:
         """Books the step and sets when to measure next: at once until the rate has settled."""
+        self._spend_gradients()
         if decision.reason is Reason.HELD:
             self._wait -= 1
         else:
