@@ -423,9 +423,10 @@ class LQA(Optimizer):
         to clear or to add to.
         """
         accumulated = self._has_fresh_gradients()
-        if not accumulated:
+        if accumulated:
+            self._spend_gradients()
+        else:
             self.zero_grad()
-        self._spend_gradients()
         with torch.enable_grad(), self._surroundings.discovering(before, self._devices):
             loss = closure()
         _check_loss(loss, "closure")
