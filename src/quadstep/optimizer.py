@@ -426,7 +426,7 @@ class LQA(Optimizer):
         if accumulated:
             self._spend_gradients()
         else:
-            self.zero_grad()
+            self._clear_gradients()
         with torch.enable_grad(), self._surroundings.discovering(before, self._devices):
             loss = closure()
         _check_loss(loss, "closure")
@@ -439,9 +439,14 @@ class LQA(Optimizer):
             )
         else:
             if accumulated:
-                self.zero_grad()
+                self._clear_gradients()
             torch.autograd.backward(loss)
         return loss
+
+    def _clear_gradients(self) -> None:
+        # As `zero_grad` does, whose notes for the profiler take ten times as long.
+        for param in self._parameters():
+            param.grad = None
 
     def _has_fresh_gradients(self) -> bool:
         """Whether a gradient has come, or has been added to, since all were spent."""
