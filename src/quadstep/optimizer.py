@@ -261,8 +261,9 @@ class LQA(Optimizer):
             if line is not None:
                 line.restore()
             before.restore()
-            self._spend_gradients()
             raise
+        finally:
+            self._spend_gradients()
         return self._finish(centre, decision, own, probes)
 
     @torch.no_grad()
@@ -370,6 +371,9 @@ class LQA(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
+    def _gradients(self) -> list[Tensor]:
+        return [param.grad for param in self._parameters() if param.grad is not None]
+
     def _devices(self) -> set[torch.device]:
         return {param.device for param in self._parameters()}
 
@@ -408,7 +412,7 @@ class LQA(Optimizer):
         """Evaluates the loss and its gradients, unless the caller has done so."""
         if loss is None:
             loss = self._evaluate(closure, before)
-        if all(param.grad is None for param in self._parameters()):
+        if not self._gradients():
             raise RuntimeError(
                 "no parameter of the optimizer has a gradient; compute the loss from the "
                 "parameters given to LQA, and in the two-phase use call loss.backward() before "
@@ -450,14 +454,12 @@ class LQA(Optimizer):
 
     def _has_fresh_gradients(self) -> bool:
         """Whether a gradient has come, or has been added to, since all were spent."""
-        grads: list[Any] = [param.grad for param in self._parameters() if param.grad is not None]
-        return any(getattr(grad, _SPENT, None) != grad._version for grad in grads)
+        return any(getattr(grad, _SPENT, None) != grad._version for grad in self._gradients())
 
     def _spend_gradients(self) -> None:
         """Marks the gradients that there are, for later ones to be told from them."""
-        for param in self._parameters():
-            if param.grad is not None:
-                setattr(param.grad, _SPENT, param.grad._version)
+        for grad in self._gradients():
+            setattr(grad, _SPENT, grad._version)
 
     def _note_backward_in_closure(self) -> None:
         if not self._closure_runs_backward:
@@ -473,8 +475,8 @@ class LQA(Optimizer):
 
         Processes see losses and shards of gradients of their own, and all must take one branch.
         """
-        grads = [param.grad for param in self._parameters() if param.grad is not None]
-        dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in local(grads)]
+        grads = local(self._gradients())
+        dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
         # Extremes carry every inf and nan, and on the CPU they cost a fraction of a norm.
         extremes = [torch.aminmax(grad) for grad in real(dense) if grad.numel()]
         values = [_scalar(loss), *(value for pair in extremes for value in pair)]
@@ -517,8 +519,7 @@ class LQA(Optimizer):
         rates = (radius, 0.0, -radius) if again else (radius, -radius)
         # Out of reach of a closure that clears or accumulates gradients.
         grads = [(param, param.grad) for param in self._parameters()]
-        for param, _ in grads:
-            param.grad = None
+        self._clear_gradients()
         try:
             losses = line.losses(evaluate, rates)
             if audited and loss is not None:
@@ -589,7 +590,6 @@ class LQA(Optimizer):
 
     def _finish(self, loss: Tensor, decision: Decision, own: int, probes: int = 0) -> Tensor:
         """Books the step and sets when to measure next: at once until the rate has settled."""
-        self._spend_gradients()
         if decision.reason is Reason.HELD:
             self._wait -= 1
         else:
