@@ -125,24 +125,6 @@ def test_a_folder_that_cannot_be_written(run, results):
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("precision", "supported", "warned"),
-    [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)],
-)
-def test_reproduce_warns_of_an_emulated_precision(
-    precision, supported, warned, run, monkeypatch, tmp_path
-):
-    from quadstep.lab import grid
-
-    monkeypatch.setattr(grid, "execute", lambda wanted, **options: 0)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    command = ["reproduce", "--figure", "5", "--precision", precision, "--out", tmp_path]
-    status, _, told = run(*command)
-    assert status == 0
-    assert told.startswith("This processor has no instructions for bfloat16") == warned
-
-
 def test_reproduce_asks_for_the_runs(run, monkeypatch, tmp_path):
     from quadstep.lab import grid
 
@@ -274,7 +256,6 @@ def test_a_library_of_the_extra_that_is_missing_is_named(run, results, monkeypat
 
 
 def test_demo(run, monkeypatch, tmp_path):
-    import torch
 
     from quadstep.lab import demo
 

@@ -93,7 +93,6 @@ def reproduce(
     from quadstep.lab.curves import FIGURES
 
     _check_device(device)
-    _warn_of_emulation(precision, device)
     names = _names(optimizers)
     with _wrong_use("--optimizers"):
         wanted = [
@@ -280,21 +279,6 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"{device}: {error}", param_hint="--device") from error
-
-
-def _warn_of_emulation(precision: Precision, device: str) -> None:
-    import torch
-
-    if precision != "bfloat16" or torch.device(device).type != "cpu":
-        return
-    # What torch itself asks before it hands a convolution to oneDNN.
-    operations: Any = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and operations._is_mkldnn_bf16_supported()):
-        print(
-            "This processor has no instructions for bfloat16: convolutions take some ten times as "
-            "long as in float32. Leave --precision out, or give a --device.",
-            file=sys.stderr,
-        )
 
 
 def _names(listed: str | None) -> list[str] | None:

@@ -23,6 +23,7 @@ from quadstep.lab import data as data_sets
 from quadstep.lab import models, optimizers, records
 from quadstep.lab.data import Data, batches
 from quadstep.lab.peers import Loss, Peer
+from quadstep.lab.precision import computing_in
 from quadstep.lab.records import Config, Epoch, Outcome, Record
 from quadstep.lab.settings import TASKS, LossName, check_optimizer, check_task
 
@@ -185,9 +186,7 @@ class Trial:
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         """Runs the model in the run's precision; losses are made in float32."""
-        reduced = self.config.precision != "float32"
-        kind = torch.device(self.device).type
-        with torch.autocast(kind, dtype=getattr(torch, self.config.precision), enabled=reduced):
+        with computing_in(self.config.precision, self.device):
             return self.model(inputs).float()
 
     def evaluate(
