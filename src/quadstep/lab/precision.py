@@ -36,7 +36,7 @@ class Rounding(TorchFunctionMode):
     """Multiplies what is rounded to bfloat16 in float32, and rounds the sums.
 
     This is what instructions for bfloat16 do, forward and backward, up to the order of the sums.
-    Torch's own stand-in for them takes some forty times as long.
+    With torch's own stand-in for them a step of ResNet-18 takes ten times as long.
     """
 
     def __torch_function__(
