@@ -256,7 +256,6 @@ def test_a_library_of_the_extra_that_is_missing_is_named(run, results, monkeypat
 
 
 def test_demo(run, monkeypatch, tmp_path):
-
     from quadstep.lab import demo
 
     shown = ("adam-0.01", "sgd-0.001", "lqa-auto")
