@@ -1,12 +1,15 @@
+import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from problems import identical
 from torch import nn
 
-from quadstep.line import Block, Line, Surroundings
+from quadstep.line import Block, Line, NumpyGenerator, Surroundings
 
 
 def block(*values, unit=1.0, dtype=torch.float32) -> Block:
@@ -109,6 +112,34 @@ def test_only_generators_that_advanced_are_kept(draw):
     draw()
     then, now = surroundings.capture({torch.device("cpu")}).advanced(before)
     assert len(then.generators) == len(now.generators) == 1
+
+
+ACTIONS = {
+    "nothing": lambda: None,
+    "uniform": lambda: np.random.random(),  # noqa: NPY002
+    "normal": lambda: np.random.randn(),  # noqa: NPY002
+    "many": lambda: np.random.random(700),  # noqa: NPY002
+    "seed": lambda: np.random.seed(0),  # noqa: NPY002
+    "twister": lambda: np.random.set_bit_generator(np.random.MT19937(1)),
+    "congruential": lambda: np.random.set_bit_generator(np.random.PCG64(1)),
+}
+
+
+@given(actions=st.lists(st.sampled_from(sorted(ACTIONS)), max_size=20))
+def test_the_state_of_numpys_generator_is_as_numpy_tells_it(actions):
+    generator = NumpyGenerator(np.random)
+    ours = np.random.get_bit_generator()
+    try:
+        for action in actions:
+            ACTIONS[action]()
+            plain = np.random.get_state(legacy=False)  # noqa: NPY002
+            assert pickle.dumps(generator.get()) == pickle.dumps(plain)
+            np.random.randn()  # noqa: NPY002
+            generator.get()
+            generator.set(plain)
+            assert pickle.dumps(generator.get()) == pickle.dumps(plain)
+    finally:
+        np.random.set_bit_generator(ours)
 
 
 def test_buffers_are_found_in_whatever_runs_first_and_restored_in_place():
