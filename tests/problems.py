@@ -56,6 +56,10 @@ class Task:
         inputs, labels = self.inputs[picked], self.labels[picked]
         return lambda: functional.cross_entropy(self.model(inputs), labels)
 
+    def to(self, device: str) -> Task:
+        """Moves all of it to a device."""
+        return Task(self.model.to(device), self.inputs.to(device), self.labels.to(device))
+
 
 def classification(
     *layers: nn.Module, dtype: torch.dtype = torch.float32, seed: int = 0, features: int = 8
@@ -97,19 +101,19 @@ def values(model: nn.Module) -> list[Tensor]:
 
 
 def trains_without_a_trace(
-    configuration, take: Callable[[LQA, Callable[[], Tensor]], object]
+    configuration, take: Callable[[LQA, Callable[[], Tensor]], object], device: str = "cpu"
 ) -> Task:
     """Asserts that steps leave the buffers and random numbers of one pass; returns what trained."""
-    probed, plain = noisy_classification(), noisy_classification()
+    probed, plain = noisy_classification().to(device), noisy_classification().to(device)
     opt = configuration(probed.model.parameters())
     for step in range(5):
         plain.model.load_state_dict(probed.model.state_dict())
         torch.manual_seed(step)
         plain.closure(step)().backward()
-        drawn = torch.rand(())
+        drawn = torch.rand((), device=device)
         torch.manual_seed(step)
         take(opt, probed.closure(step))
-        assert torch.equal(torch.rand(()), drawn)
+        assert torch.equal(torch.rand((), device=device), drawn)
         assert identical(list(plain.model.buffers()), list(probed.model.buffers()))
     return probed
 

@@ -861,21 +861,6 @@ class TestState:
         assert all(param.grad is None for param in task.model.parameters())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_step_waits_for_the_device_only_to_measure():
-    task = classification()
-    task.model.cuda()
-    task.inputs, task.labels = task.inputs.cuda(), task.labels.cuda()
-    opt = LQA(task.model.parameters())
-    while not opt._wait:
-        opt.step(task.closure())
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        opt.step(task.closure())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_nothing_warns_in_ordinary_use():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

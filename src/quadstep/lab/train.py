@@ -26,9 +26,13 @@ from quadstep.lab.peers import Loss, Peer
 from quadstep.lab.precision import computing_in
 from quadstep.lab.records import Config, Epoch, Outcome, Record
 from quadstep.lab.settings import TASKS, LossName, check_optimizer, check_task
+from quadstep.line import at_hand
 
 EVALUATION_BATCH = 100
 """Few enough for the activations of a convolution to stay in the processor's cache."""
+
+ACCELERATOR_BATCH = 1000
+"""The same on an accelerator, which fewer would leave idle."""
 
 DIVERGED_RATIO = 10.0
 """A run whose training loss is so many times the first one for `DIVERGED_EPOCHS` has diverged."""
@@ -224,7 +228,8 @@ class Trial:
         name = TASKS[self.config.task].loss
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.float64, device=self.device)
-        for some, truth in batches(inputs, labels, EVALUATION_BATCH):
+        size = EVALUATION_BATCH if at_hand(inputs) else ACCELERATOR_BATCH
+        for some, truth in batches(inputs, labels, size):
             output = self._outputs(some)
             loss += LOSSES[name](output, truth, reduction="sum")
             right += (output.argmax(1) == truth).sum() if name == "cross-entropy" else math.nan
