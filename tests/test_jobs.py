@@ -18,7 +18,7 @@ from problems import (
 from torch import nn
 from torch.nn import functional
 
-from quadstep import LQA, Reason, optimizer
+from quadstep import LQA, Reason, direction, line, optimizer
 
 
 @pytest.fixture(params=CONFIGURATIONS)
@@ -594,6 +594,22 @@ class Still:
 
 
 class TestAccelerators:
+    def test_what_is_launched_together_gives_what_is_done_one_by_one(
+        self, configuration, monkeypatch
+    ):
+        def trained():
+            task = noisy_classification(dtype=torch.float64)
+            opt = configuration(task.model.parameters())
+            for step in range(25):
+                opt.step(task.closure(step))
+            return values(task.model)
+
+        plain = trained()
+        for module in (line, direction, optimizer):
+            monkeypatch.setattr(module, "at_hand", lambda tensor: False)
+        torch.testing.assert_close(trained(), plain, rtol=1e-9, atol=1e-12)
+        trains_without_a_trace(configuration, lambda opt, closure: opt.step(closure))
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_a_measuring_step_looks_before_any_state_advances(
         self, configuration, bad, monkeypatch

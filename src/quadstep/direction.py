@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from quadstep.line import Block, Line, at_hand, is_distributed, local, whole
+from quadstep.line import Block, Line, at_hand, copies, is_distributed, local, whole
 
 Group = dict[str, Any]
 State = Any
@@ -125,7 +125,7 @@ class Displacement:
             self.base.step()
             return Line([])
         blocks = gather(groups, rate, sparse=True)
-        start = [[param.clone() for param in block.params] for block in blocks]
+        start = [copies(block.params) for block in blocks]
         line = Line(blocks, start)
         try:
             self.base.step()
@@ -166,10 +166,18 @@ def _limit(blocks: list[Block]) -> None:
             for block in blocks:
                 torch._foreach_div_(block.direction, excess)
         return
-    norms = [whole(get_total_norm(block.direction)) for block in blocks]
-    excess = (get_total_norm(norms) / root).clamp(min=1.0)
-    for block, norm in zip(blocks, norms, strict=True):
-        torch._foreach_div_(local(block.direction), excess.to(norm.device))
+    norms = [norm.to(firsts[0].device) for block in blocks for norm in _norms(block.direction)]
+    (norm,) = torch._foreach_norm([torch.stack(norms)])
+    excess = (norm / root).clamp(min=1.0)
+    for block, first in zip(blocks, firsts, strict=True):
+        torch._foreach_div_(local(block.direction), excess.to(first.device))
+
+
+def _norms(tensors: list[Tensor]) -> Iterable[Tensor]:
+    """Plain tensors whose norm together is that of the tensors, which are of one device or mesh."""
+    if is_distributed(tensors[0]):
+        return [whole(get_total_norm(tensors))]
+    return torch._foreach_norm(tensors)
 
 
 def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block]:

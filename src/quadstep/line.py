@@ -17,7 +17,7 @@ import random
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,7 +79,7 @@ class Line:
         """Returns the parameters to rate zero, bit for bit."""
         if self._displaced and self._start is not None:
             for block, start in zip(self.blocks, self._start, strict=True):
-                torch._foreach_copy_(local(block.params), local(start))
+                assign(block.params, start)
         self._displaced = False
 
     def losses(self, evaluate: Closure, rates: Iterable[float]) -> list[Tensor]:
@@ -93,7 +93,7 @@ class Line:
             The losses, in the order of the rates.
         """
         if self._start is None:
-            self._start = [[param.clone() for param in block.params] for block in self.blocks]
+            self._start = [copies(block.params) for block in self.blocks]
         losses: list[Tensor] = []
         try:
             for rate in rates:
@@ -139,6 +139,32 @@ def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This process's parts of the tensors, sharing their memory."""
     return [tensor.to_local() if is_distributed(tensor) else tensor for tensor in tensors]
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies tensors; on an accelerator together, which copies launched one by one hold up."""
+    if tensors and at_hand(tensors[0]):
+        return [tensor.clone() for tensor in tensors]
+    fresh = [torch.empty_like(tensor) for tensor in tensors]
+    assign(fresh, tensors)
+    return fresh
+
+
+def assign(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies values into tensors of the same shapes, types and devices, all together."""
+    parts = (alike(local(tensors)) for tensors in (targets, sources))
+    for some, values in zip(*parts, strict=True):
+        torch._foreach_copy_(some, values)
+
+
+def alike(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+    """Parts tensors into those that an operation on all takes in one launch, where it is one."""
+    if tensors and at_hand(tensors[0]):
+        return [tensors]
+    parts: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        parts.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return parts.values()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -220,16 +246,18 @@ class Moment:
     def restore(self) -> None:
         """Sets everything back."""
         for generator, state in self.generators:
-            generator.set(state)
+            # Setting takes longer than looking, and few closures draw from more than one.
+            if not generator.same(generator.get(), state):
+                generator.set(state)
         self.restore_buffers()
         for rewind in self.rewinds:
             rewind()
 
     def restore_buffers(self) -> None:
         """Sets the buffers back, in place; one that was replaced becomes the old tensor again."""
-        for owner, name, buffer, values in self.buffers:
+        for owner, name, buffer, _ in self.buffers:
             owner._buffers[name] = buffer
-            buffer.copy_(values)
+        assign([row[2] for row in self.buffers], [row[3] for row in self.buffers])
 
     def advanced(self, since: Moment) -> tuple[Moment, Moment]:
         """Pairs this moment with an earlier one, both without the generators that stood still."""
@@ -372,12 +400,14 @@ def _rewinds(modules: Iterable[Any]) -> list[Callable[[], object]]:
 
 
 def _copies(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    return [
-        (module, name, buffer, buffer.clone())
+    buffers = [
+        (module, name, buffer)
         for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    values = copies([buffer for _, _, buffer in buffers])
+    return [(*row, value) for row, value in zip(buffers, values, strict=True)]
 
 
 def _generators(devices: Iterable[torch.device]) -> list[RandomSource]:

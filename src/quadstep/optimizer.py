@@ -27,6 +27,7 @@ from quadstep.line import (
     Line,
     Moment,
     Surroundings,
+    alike,
     at_hand,
     local,
     processes,
@@ -477,12 +478,17 @@ class LQA(Optimizer):
         """
         grads = local(self._gradients())
         dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
-        # Extremes carry every inf and nan, and on the CPU they cost a fraction of a norm.
-        extremes = [torch.aminmax(grad) for grad in real(dense) if grad.numel()]
-        values = [_scalar(loss), *(value for pair in extremes for value in pair)]
-        if not at_hand(loss):
-            # All together, so that the device is waited for once.
-            values = [*torch.stack([value.to(loss.device) for value in values]).cpu()]
+        parts = [grad for grad in real(dense) if grad.numel()]
+        if at_hand(loss):
+            # Extremes carry every inf and nan, and on the CPU they cost a fraction of a norm.
+            extremes = [torch.aminmax(part) for part in parts]
+            values = [_scalar(loss), *(value for pair in extremes for value in pair)]
+        else:
+            # So does the largest size, and it is found in all at once. The device is waited for
+            # once, too.
+            sizes = [size for some in alike(parts) for size in torch._foreach_norm(some, math.inf)]
+            values = [value.to(loss.device) for value in (_scalar(loss), *sizes)]
+            values = [*torch.stack(values).cpu()]
         finite = all(map(math.isfinite, values))
         if processes(self._process_group) == 1:
             return finite
