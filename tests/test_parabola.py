@@ -14,6 +14,7 @@ from quadstep.parabola import (
     Points,
     Reason,
     Safeguarded,
+    WaryLedger,
 )
 
 anything = st.floats(allow_nan=True, allow_infinity=True)
@@ -267,6 +268,13 @@ class TestLedger:
     def test_a_rising_loss_costs_a_share_of_it_down_to_a_bound(self):
         assert 0.1 < self.book([1.0 + 0.01 * step for step in range(30)]).share < 0.7
         assert self.book([1.0 + 0.01 * step for step in range(300)]).share == 0.1
+
+    def test_the_wary_want_a_loss_that_falls_nine_times_of_ten(self):
+        waves = [2.0, *(([1.5] * 10 + [1.0] * 90) * 30)]
+        descent = [1.0 * 0.99**step for step in range(1200)]
+        assert book(Ledger, waves, 0.0).share == 1.0
+        assert book(WaryLedger, waves, 0.0).share < 0.2
+        assert book(WaryLedger, waves + descent, 0.0).share == 1.0
 
     def test_unkept_promises_are_not_believed_on_a_plateau(self):
         plateau = [2.3 + 0.01 * (-1) ** step for step in range(300)]

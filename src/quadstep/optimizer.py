@@ -34,7 +34,16 @@ from quadstep.line import (
     rank_mean,
     whole,
 )
-from quadstep.parabola import Decision, Evidence, Exact, Ledger, Points, Reason, Safeguarded
+from quadstep.parabola import (
+    Decision,
+    Evidence,
+    Exact,
+    Ledger,
+    Points,
+    Reason,
+    Safeguarded,
+    WaryLedger,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -148,10 +157,11 @@ class LQA(Optimizer):
         self._averaging = ScheduleFree() if averaged else None
         self._every = every or (10 if averaged else 1)
         # Averaged iterates bear a greedy rate; without averaging the loss itself must vouch for it.
+        ledger = Ledger if base is None else WaryLedger
         self._search: Safeguarded | Exact = (
             Safeguarded(smoothing=0.97, growth=3.0, slowing=True, ledger=Evidence.open(0.0))
             if averaged
-            else Safeguarded(smoothing=0.99, growth=1.1, ledger=Ledger.open(0.0))
+            else Safeguarded(smoothing=0.99, growth=1.1, ledger=ledger.open(0.0))
         )
         self._process_group = process_group
         self._wait = 0

@@ -235,7 +235,8 @@ class Ledger:
         slow = self.slow + 0.01 * (loss - self.slow)
         share = self.share * (self.RISING if trend.mean > slow else self.FALLING)
         height = max(self.height, trend.mean)
-        return Ledger(
+        return replace(
+            self,
             trend=trend,
             slow=slow,
             height=height,
@@ -252,6 +253,17 @@ class Ledger:
     def limit(self, rate: float, wish: float) -> float:
         """How far a rate may rise that would rise to `wish`."""
         return wish if self.believed else rate + self.CREDIT * (wish - rate)
+
+
+@dataclass(frozen=True, slots=True)
+class WaryLedger(Ledger):
+    """The same along the steps of another optimizer, which remembers gradients or makes them alike.
+
+    There the vertex of a noisy batch lies too far out for good: the loss falls and rises by turns,
+    and only one that falls nine times of ten earns a share back.
+    """
+
+    FALLING = 1.002
 
 
 @dataclass(frozen=True, slots=True)
