@@ -344,6 +344,15 @@ def wait_for_lines(out: Path, lines: int) -> None:
     raise TimeoutError
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Heeds interrupts, which jobs in the background of a script are started without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_grid_goes_on_wherever_it_was_ended(tmp_path: Path) -> None:
     whole = {config: rows(run(config, out=tmp_path / "whole")) for config in GRID}
     out = tmp_path / "parts"
