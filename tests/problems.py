@@ -100,6 +100,15 @@ def values(model: nn.Module) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in [*model.parameters(), *model.buffers()]]
 
 
+def about_to_measure(configuration, device: str = "cpu") -> tuple[Task, LQA]:
+    """A task and its optimizer, with some state, before a step that measures."""
+    task = noisy_classification().to(device)
+    opt = configuration(task.model.parameters())
+    while not opt._counts or opt._wait:
+        opt.step(task.closure())
+    return task, opt
+
+
 def trains_without_a_trace(
     configuration, take: Callable[[LQA, Callable[[], Tensor]], object], device: str = "cpu"
 ) -> Task:

@@ -3,13 +3,12 @@
 import copy
 import io
 import math
-from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
 from configurations import CONFIGURATIONS
 from problems import (
+    about_to_measure,
     classification,
     identical,
     noisy_classification,
@@ -50,11 +49,7 @@ def test_steps_leave_no_trace(name):
 @pytest.mark.parametrize("failing", [1, 2, 3])
 @pytest.mark.parametrize("fault", ["exception", "not finite"])
 def test_a_measuring_step_that_fails_is_undone(name, failing, fault):
-    task = noisy_classification().to("cuda")
-    opt = CONFIGURATIONS[name](task.model.parameters())
-    opt.step(task.closure())
-    while opt._wait:
-        opt.step(task.closure())
+    task, opt = about_to_measure(CONFIGURATIONS[name], "cuda")
     before, random = values(task.model), torch.cuda.get_rng_state()
     calls = 0
 
@@ -151,26 +146,3 @@ def test_wraps_what_torch_fuses(options):
         return values(task.model)
 
     torch.testing.assert_close(trained(**options), trained(foreach=False), rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["sgd-m-0.1", "lqa-auto"])
-def test_a_recorded_run_goes_on_bit_for_bit(tmp_path: Path, name):
-    pytest.importorskip("sklearn")
-    from quadstep.lab.records import Config
-    from quadstep.lab.train import run
-
-    class Stop(BaseException):
-        pass
-
-    def stop(row):
-        if row.epoch == 1:
-            raise Stop
-
-    config = Config("mlp-digits", name, seed=0, epochs=3, subset=100)
-    whole = run(config, out=tmp_path / "whole", device="cuda")
-    with pytest.raises(Stop):
-        run(config, out=tmp_path / "parts", device="cuda", on_epoch=stop)
-    parts = run(config, out=tmp_path / "parts", device="cuda")
-    assert whole.header["machine"]["device"] == "cuda"
-    for one, other in zip(whole.epochs, parts.epochs, strict=True):
-        assert asdict(replace(one, seconds=0.0)) == asdict(replace(other, seconds=0.0)), one

@@ -9,6 +9,7 @@ import torch
 from configurations import CONFIGURATIONS
 from problems import (
     Task,
+    about_to_measure,
     classification,
     identical,
     noisy_classification,
@@ -616,11 +617,7 @@ class TestAccelerators:
     ):
         """Where looking means waiting a held step does not look, a measuring one does."""
         monkeypatch.setattr(optimizer, "at_hand", lambda tensor: False)
-        task = noisy_classification()
-        opt = configuration(task.model.parameters())
-        opt.step(task.closure())
-        while opt._wait:
-            opt.step(task.closure())
+        task, opt = about_to_measure(configuration)
         before, state = values(task.model), copy.deepcopy(opt.state_dict()["state"])
         hook = task.model[0].weight.register_hook(lambda grad: grad * bad)
         opt.step(task.closure())

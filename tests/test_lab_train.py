@@ -162,6 +162,18 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
     assert not config.path(out).with_suffix(".ckpt").exists()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["sgd-m-0.1", "lqa-auto"])
+def test_a_run_goes_on_bit_for_bit_on_an_accelerator(tmp_path: Path, name: str) -> None:
+    config = replace(CONFIG, optimizer=name)
+    whole = run(config, out=tmp_path / "whole", device="cuda")
+    with pytest.raises(Stop):
+        run(config, out=tmp_path / "parts", device="cuda", on_epoch=partial(stop, 1))
+    parts = run(config, out=tmp_path / "parts", device="cuda")
+    assert whole.header["machine"]["device"] == "cuda"
+    assert rows(parts) == rows(whole)
+
+
 def test_a_finished_run_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

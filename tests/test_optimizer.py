@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from problems import (
     Quadratic,
     RecordingDropout,
+    about_to_measure,
     classification,
     identical,
     noisy_classification,
@@ -57,15 +58,6 @@ def unwatched(reason=Reason.MINIMUM):
             return self, Decision(rate, rate, reason)
 
     return Fixed()
-
-
-def about_to_measure(configuration):
-    """A task and its optimizer, with some state, before a step that measures."""
-    task = noisy_classification()
-    opt = configuration(task.model.parameters())
-    while not opt._counts or opt._wait:
-        opt.step(task.closure())
-    return task, opt
 
 
 class TestTheRate:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from quadstep.line import Block, Line, at_hand, copies, is_distributed, local, whole
+from quadstep.line import Block, Line, at_hand, copies, is_distributed, local, parted, whole
 
 Group = dict[str, Any]
 State = Any
@@ -214,11 +214,11 @@ def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block
 
 def _by_device(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
     """Parts tensors by their devices and meshes, which no foreach operation may mix."""
-    parts: dict[Any, list[Tensor]] = {}
-    for tensor in tensors:
-        mesh = tensor.device_mesh if is_distributed(tensor) else None
-        parts.setdefault((tensor.device, mesh), []).append(tensor)
-    return parts.values()
+
+    def place(tensor: Tensor) -> Any:
+        return tensor.device, tensor.device_mesh if is_distributed(tensor) else None
+
+    return parted(tensors, place)
 
 
 def _placed(grad: Any, owner: Tensor) -> Tensor:

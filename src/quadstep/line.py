@@ -161,9 +161,14 @@ def alike(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
     """Parts tensors into those that an operation on all takes in one launch, where it is one."""
     if tensors and at_hand(tensors[0]):
         return [tensors]
+    return parted(tensors, lambda tensor: (tensor.device, tensor.dtype))
+
+
+def parted(tensors: Iterable[Tensor], key: Callable[[Tensor], Any]) -> Iterable[list[Tensor]]:
+    """Parts tensors by what a key says of them, each part in their order."""
     parts: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
-        parts.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        parts.setdefault(key(tensor), []).append(tensor)
     return parts.values()
 
 
