@@ -329,16 +329,47 @@ class TestEvidence:
             rate = decision.rate
         assert set(falls) == {Reason.SHRUNK}
 
-    def test_each_proof_lets_the_rate_rise_once_by_half(self):
+    def test_each_proof_lets_the_rate_rise_once(self):
         proven = self.book([2.3] * 12 + [1.0] * 10)
-        assert proven.limit(1.0, 3.0) == 1.5
-        assert proven.limit(1.5, 3.0) == 1.5
+        assert proven.limit(1.0, 3.0) == 1.7
+        assert proven.limit(1.7, 3.0) == 1.7
         assert proven.limit(0.1, 0.3) == 0.3
         assert proven.limit(2.0, 3.0) == 2.0
-        stalled = proven
+        waiting = proven
         for _ in range(300):
-            stalled = stalled.book(1.0, 1.5, 0.0)
-        assert stalled.limit(1.5, 3.0) == pytest.approx(2.25)
+            waiting = waiting.book(1.0, 1.7, 0.0)
+        assert waiting.limit(1.7, 3.0) == pytest.approx(1.7 * 1.7)
+
+    def test_a_loss_that_has_fallen_is_no_proof_once_more_when_its_mean_follows(self):
+        fallen = self.book([2.3] * 12 + [1.0] * 10)
+        assert fallen.trend.mean > 1.4
+        assert fallen.lowest < 1.25
+        for _ in range(20):
+            fallen = fallen.book(1.0, 1.0, 1.0)
+        assert fallen.trend.mean < 1.06
+        assert fallen.proved < 22
+
+    def test_a_rate_falls_where_the_loss_has_risen_since_the_last_proof(self):
+        def after(loss, promise, steps=60):
+            evidence = self.book([2.3] * 12 + [1.0] * 60)
+            for _ in range(steps):
+                evidence = evidence.book(loss, 1.0, promise)
+            return evidence
+
+        risen = after(1.5, 1.0)
+        assert risen.limit(1.0, 3.0) == 1.0 - 3.0 / risen.booked
+        assert after(1.5, 1.0, steps=5).limit(1.0, 3.0) == 1.7
+        assert after(0.9, 1.0).limit(1.0, 3.0) >= 1.7
+        # A rate whose promises are too small to show is not to blame, and may rise.
+        assert after(1.5, 1e-6).limit(1.0, 3.0) == 1.7
+
+    def test_a_fitted_model_keeps_its_rate_though_the_loss_rises(self):
+        fitted = self.book([2.0 * 0.9**step for step in range(120)])
+        assert fitted.fitted
+        for _ in range(60):
+            fitted = fitted.book(5e-3, 1.0, 1.0)
+        assert fitted.trend.mean > fitted.lowest
+        assert fitted.limit(1.0, 3.0) >= 1.0
 
     @settings(deadline=None, max_examples=20)
     @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0.0, 1e6))
@@ -348,11 +379,11 @@ class TestEvidence:
             evidence = evidence.book(2.0, 7.0, promise)
         for step in range(1000):
             evidence = evidence.book(2.0 * 0.999**step, 7.0, promise)
-        assert evidence.ceiling == 10.5
+        assert evidence.ceiling == 1.7 * 7.0
 
     def test_no_rate_rises_once_all_but_a_hundredth_of_the_loss_is_gone(self):
         falling = self.book([2.0 * 0.99**step for step in range(450)])
-        assert falling.ceiling == 1.5
+        assert falling.ceiling == 1.7
         learned = falling
         for step in range(450, 2000):
             learned = learned.book(2.0 * 0.99**step, 1.2, 1.0)
@@ -361,7 +392,7 @@ class TestEvidence:
     def test_a_rate_that_was_cut_may_rise_to_where_it_was_proven(self):
         evidence = self.book([2.3] * 12 + [1.0] * 30)
         assert evidence.limit(1e-3, 3e-3) == 3e-3
-        assert evidence.limit(1.4, 3.0) == 1.5
+        assert evidence.limit(1.4, 3.0) == 1.7
 
     def test_the_search_waits_for_a_loss_that_falls(self):
         """Where it does not, each batch vouches for itself alone."""

@@ -279,26 +279,33 @@ class Evidence:
     Steps that promised ten times what would be a proof, with none in sight, only shake the
     parameters about: the rate falls until its promises could not show.
 
+    So it does, more slowly, where the loss has risen since the last proof and that is long ago, as
+    it may where every batch meets other parameters.
+
     Where a model fits all its data the loss falls for ever, and would prove rate after rate until
     one destroys everything. A constant rate serves there: so with all but a hundredth of the loss
     gone, a proof only confirms the rate that there is.
 
     Attributes:
         trend: of the loss.
+        recent: running mean of about the last three losses.
         highest: the largest size that the mean of the trend had, slowly forgotten.
-        lowest: the mean of the trend at the last proof, or the highest of its first ten.
+        lowest: where the loss was at the last proof, or the highest mean of the first ten.
         promised: running mean of the decrease that the parabolas promised for a step.
         owed: the sum of what they promised.
         booked: how many losses have been entered.
+        proved: how many had been at the last proof.
         ceiling: how far the rate may rise; zero before the first proof.
     """
 
     trend: Trend
+    recent: float
     highest: float
     lowest: float
     promised: float = 0.0
     owed: float = 0.0
     booked: int = 0
+    proved: int = 0
     ceiling: float = 0.0
 
     share = 1.0
@@ -312,7 +319,9 @@ class Evidence:
     """Spreads that are owed before the first proof when the rate falls, and its factor a step."""
     FORGETTING = 0.01
     """Of where the last proof was, in a step, so that no lucky streak is asked for again."""
-    RISE = 1.5
+    OVERDUE, WANING = 20, 3.0
+    """Losses after which a proof is overdue, and the power of all losses that the rate falls by."""
+    RISE = 1.7
     """The factor by which the rate may rise for each proof."""
     LEARNED = 0.01
     """The part of the highest loss below which the rate may rise no more."""
@@ -322,7 +331,7 @@ class Evidence:
     @classmethod
     def open(cls, loss: float) -> Evidence:
         """Starts with the first loss."""
-        return cls(Trend.open(loss), highest=abs(loss), lowest=loss)
+        return cls(Trend.open(loss), recent=loss, highest=abs(loss), lowest=loss)
 
     def book(self, loss: float, rate: float, promise: float) -> Evidence:
         """Enters the loss before a step at a rate, and the decrease that the step promises."""
@@ -331,26 +340,43 @@ class Evidence:
         lowest = self.lowest + self.FORGETTING * max(0.0, trend.mean - self.lowest)
         if booked < 10:
             lowest = max(self.lowest, trend.mean)
-        highest = max(self.FADED * self.highest, abs(trend.mean))
-        proven = trend.mean < lowest - self.CLEARLY * trend.spread
-        rise = 1.0 if abs(trend.mean) < self.LEARNED * highest else self.RISE
-        return Evidence(
+        entered = replace(
+            self,
             trend=trend,
-            highest=highest,
-            lowest=trend.mean if proven else lowest,
+            recent=self.recent + 0.3 * (loss - self.recent),
+            highest=max(self.FADED * self.highest, abs(trend.mean)),
+            lowest=lowest,
             promised=0.9 * self.promised + 0.1 * promise,
             owed=self.owed + promise,
             booked=booked,
-            ceiling=rise * rate if proven else self.ceiling,
         )
+        if not trend.mean < lowest - self.CLEARLY * trend.spread:
+            return entered
+        ceiling = rate if entered.fitted else self.RISE * rate
+        # The mean has yet to come down as far as the loss, which then would be proof a second time.
+        lowest = min(trend.mean, entered.recent)
+        return replace(entered, lowest=lowest, proved=booked, ceiling=ceiling)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether hardly anything is left of the loss."""
+        return abs(self.trend.mean) < self.LEARNED * self.highest
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the loss is higher than at the last proof, and that is long ago."""
+        overdue = self.booked - self.proved > self.OVERDUE
+        return overdue and not self.fitted and self.trend.mean > self.lowest
 
     def limit(self, rate: float, wish: float) -> float:
         """How far a rate may rise that would rise to `wish`, or that it has to fall."""
+        unseen = rate * _divide(self.trend.spread, self.PATIENCE * self.promised)
         if self.ceiling:
-            return min(wish, max(rate, self.ceiling))
+            most = max(rate, self.ceiling)
+            least = rate * (1.0 - self.WANING / self.booked) if self.stalled else most
+            return min(wish, max(least, min(unseen, most)))
         broken = self.owed > self.BROKEN * self.trend.spread
         least = self.FALL * rate if broken else rate
-        unseen = rate * _divide(self.trend.spread, self.PATIENCE * self.promised)
         return min(wish, max(least, unseen))
 
 
