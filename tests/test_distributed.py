@@ -276,7 +276,7 @@ def counted():
 
 
 def check_what_is_sent(_):
-    """On the CPU a flag at every step, and all losses together where it measures.
+    """On the CPU two flags at every step, and all losses together where it measures.
 
     They are three, and four at the first measurement, which evaluates the centre twice.
     """
@@ -289,7 +289,7 @@ def check_what_is_sent(_):
             with counted() as sent:
                 train(opt, model, task, [step])
             losses = 4 if step == 0 else 3
-            assert sent == ([1, losses] if due else [1])
+            assert sent == ([2, losses] if due else [2])
             assert opt.report.forwards == (losses if due else 1)
 
 
@@ -426,6 +426,20 @@ def check_an_exception_on_all_ranks_undoes_the_step(_):
         assert identical(before, whole(task.model))
         with torch.no_grad():
             assert torch.equal(model(task.inputs), expected)
+
+
+def check_a_gradient_in_one_shard_moves_all_ranks(_):
+    for name in ("lqa", "lqa-auto"):
+        task, model, opt = begun(name)
+        for _step in range(3):
+            # The first row of each weight lives on the first rank.
+            opt.step(lambda m=model, x=task.inputs: (m(x)[:, 0] - 1.0).square().mean())
+            assert opt.report.reason is not Reason.HELD, name
+        agree((opt.rate, opt.report.counts))
+        before = whole(task.model)
+        opt.step(lambda m=model, x=task.inputs: 0.0 * m(x).sum())
+        assert opt.report.reason is Reason.HELD, name
+        assert identical(whole(task.model), before), name
 
 
 def check_uneven_data_through_a_sampler(_):
@@ -643,6 +657,7 @@ FOUR = FOUR_ALONE | {
     check_tensor_parallel_equals_one_process,
     check_what_is_sent,
     check_a_non_finite_loss_on_one_rank,
+    check_a_gradient_in_one_shard_moves_all_ranks,
     check_uneven_data_through_a_sampler,
     check_a_rank_without_data_steps_on_a_loss_of_zero,
     check_joining_stops_all_ranks_together,

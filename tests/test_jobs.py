@@ -636,7 +636,7 @@ class TestAccelerators:
         opt = LQA(task.model.parameters())
         while not opt._wait:
             opt.step(task.closure())
-        monkeypatch.setattr(opt, "_finite", None)
+        monkeypatch.setattr(opt, "_inspect", None)
         opt.step(task.closure())
         assert opt.report.reason is Reason.HELD
 

@@ -350,6 +350,39 @@ class TestNoTrace:
             loss = opt.step(task.closure())
         assert loss.item() < task.closure(0, 256)().item() * 2.0
 
+    @pytest.mark.parametrize("name", ["lqa", "lqa-auto"])
+    def test_steps_without_a_gradient_might_as_well_not_be_taken(self, name):
+        """At the start flat lines would send the first rate out, and later shift the averages."""
+        plain, broken = classification(), classification()
+        opts = [CONFIGURATIONS[name](task.model.parameters()) for task in (plain, broken)]
+        for step in range(40):
+            for _ in range(30 if step == 0 else step % 3):
+                opts[1].step(lambda: 0.0 * broken.closure()())
+                assert opts[1].report.reason is Reason.HELD
+                assert opts[1].report.forwards == 1
+            for opt, task in zip(opts, (plain, broken), strict=True):
+                opt.step(task.closure(step))
+        assert identical(values(plain.model), values(broken.model))
+        assert opts[0].rate == opts[1].rate
+
+    def test_a_wrapped_optimizer_steps_without_a_gradient_as_it_would_by_itself(self):
+        """Momentum coasts and weights decay, at the rate in force, which nothing measures."""
+        task = classification()
+        settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
+        opt = LQA(torch.optim.SGD(task.model.parameters(), **settings))
+        for step in range(5):
+            opt.step(task.closure(step))
+        alone = copy.deepcopy(task.model)
+        base = torch.optim.SGD(alone.parameters(), **settings)
+        base.load_state_dict(copy.deepcopy(opt._direction.base.state_dict()))
+        for _ in range(5):
+            opt.step(lambda: 0.0 * task.closure()())
+            assert opt.report.reason is Reason.HELD
+            base.zero_grad()
+            (0.0 * functional.cross_entropy(alone(task.inputs), task.labels)).backward()
+            base.step()
+        assert identical(values(task.model), values(alone))
+
     def test_held_steps_survive_a_non_finite_loss(self):
         task = noisy_classification()
         opt = LQA(task.model.parameters())

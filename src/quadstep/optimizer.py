@@ -255,9 +255,15 @@ class LQA(Optimizer):
         try:
             centre = self._gradient_pass(closure, loss, before)
             # Elsewhere looking means waiting, which a held step does not.
-            if (due or at_hand(centre)) and not self._finite(centre):
+            finite, sloping = self._inspect(centre) if due or at_hand(centre) else (True, True)
+            if not finite:
                 before.restore_buffers()
                 return self._finish(centre, Decision(rate, 0.0, Reason.NON_FINITE), own)
+            if not sloping and not isinstance(self._search, Exact):
+                # There is no line to measure and nothing to learn: only a wrapped optimizer moves.
+                if not isinstance(self._direction, Displacement):
+                    return self._finish(centre, Decision(rate, 0.0, Reason.HELD), own)
+                due = False
             keep = due or self._averaging is not None
             line = self._direction.line(self.param_groups, self.state, rate, keep)
             if not due:
@@ -481,10 +487,11 @@ class LQA(Optimizer):
             )
         self._closure_runs_backward = True
 
-    def _finite(self, loss: Tensor) -> bool:
-        """Whether loss and gradients are finite; must be known before any state advances.
+    def _inspect(self, loss: Tensor) -> tuple[bool, bool]:
+        """Whether loss and gradients are finite, and whether any gradient is not zero.
 
-        Processes see losses and shards of gradients of their own, and all must take one branch.
+        Both must be known before any state advances. Processes see losses and shards of gradients
+        of their own, and all must take one branch.
         """
         grads = local(self._gradients())
         dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
@@ -499,11 +506,12 @@ class LQA(Optimizer):
             sizes = [size for some in alike(parts) for size in torch._foreach_norm(some, math.inf)]
             values = [value.to(loss.device) for value in (_scalar(loss), *sizes)]
             values = [*torch.stack(values).cpu()]
-        finite = all(map(math.isfinite, values))
-        if processes(self._process_group) == 1:
-            return finite
-        flag = torch.tensor([float(finite)], device=loss.device)
-        return rank_mean(flag, self._process_group) == [1.0]
+        finite, sloping = all(map(math.isfinite, values)), any(values[1:])
+        if processes(self._process_group) > 1:
+            flags = torch.tensor([float(finite), float(sloping)], device=loss.device)
+            mean = rank_mean(flags, self._process_group)
+            finite, sloping = mean[0] == 1.0, mean[1] > 0.0
+        return finite, sloping
 
     def _measure(
         self, closure: Closure, loss: Tensor | None, centre: Tensor, line: Line, before: Moment
@@ -607,7 +615,8 @@ class LQA(Optimizer):
     def _finish(self, loss: Tensor, decision: Decision, own: int, probes: int = 0) -> Tensor:
         """Books the step and sets when to measure next: at once until the rate has settled."""
         if decision.reason is Reason.HELD:
-            self._wait -= 1
+            # A step without a gradient leaves a measurement due.
+            self._wait = max(self._wait - 1, 0)
         else:
             self._wait = self._every - 1 if decision.settled else 0
         backwards = own + (probes if self._closure_runs_backward else 0)

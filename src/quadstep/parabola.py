@@ -25,7 +25,7 @@ class Reason(StrEnum):
     MINIMUM = "minimum"
     """The rate is the minimiser of the parabola."""
     HELD = "held"
-    """The step was not measured: the last rate stays in force."""
+    """The step was not measured, not being due or without a gradient: the last rate stays."""
     GROWN = "grown"
     """The minimiser lies beyond the growth limit, the rate went up to the limit."""
     SHRUNK = "shrunk"
