@@ -630,6 +630,18 @@ class TestAccelerators:
         assert opt.report.reason is not Reason.NON_FINITE
         assert math.isfinite(full_loss(task))
 
+    def test_a_measuring_step_without_a_gradient_is_not_taken(self, monkeypatch):
+        monkeypatch.setattr(optimizer, "at_hand", lambda tensor: False)
+        task, opt = about_to_measure(LQA)
+        before = [param.detach().clone() for param in task.model.parameters()]
+        state = copy.deepcopy(opt.state_dict()["state"])
+        opt.step(lambda: 0.0 * task.closure()())
+        assert opt.report.reason is Reason.HELD
+        assert identical(before, list(task.model.parameters()))
+        assert same(opt.state_dict()["state"], state)
+        opt.step(task.closure())
+        assert opt.report.reason is not Reason.HELD
+
     def test_a_held_step_does_not_look(self, monkeypatch):
         monkeypatch.setattr(optimizer, "at_hand", lambda tensor: False)
         task = classification()
