@@ -227,7 +227,7 @@ class LQA(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure, *, loss: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Takes one step.
+        """Takes one step; without any gradient only a wrapped optimizer moves anything.
 
         Args:
             closure: runs the model forward on this step's batch and returns the loss, a scalar
