@@ -614,11 +614,11 @@ class LQA(Optimizer):
 
     def _finish(self, loss: Tensor, decision: Decision, own: int, probes: int = 0) -> Tensor:
         """Books the step and sets when to measure next: at once until the rate has settled."""
-        if decision.reason is Reason.HELD:
-            # A step without a gradient leaves a measurement due.
-            self._wait = max(self._wait - 1, 0)
-        else:
+        if decision.reason is not Reason.HELD:
             self._wait = self._every - 1 if decision.settled else 0
+        elif self._wait and decision.step:
+            # A measurement that is due stays so, and a step that moves nothing brings none nearer.
+            self._wait -= 1
         backwards = own + (probes if self._closure_runs_backward else 0)
         self._counts[decision.reason] += 1
         self._last = (loss, decision.reason, own + probes, backwards)
