@@ -474,6 +474,67 @@ class TestParameters:
             assert head.num_batches_tracked == step + 1
 
 
+class Binary(nn.Linear):
+    """Weights of two values, whose gradients pass straight through the rounding."""
+
+    def forward(self, inputs):
+        binary = self.weight.sign() * self.weight.abs().mean()
+        return functional.linear(
+            inputs, binary.detach() + self.weight - self.weight.detach(), self.bias
+        )
+
+
+@pytest.mark.parametrize("name", ["lqa", "lqa-auto", "lqa(adamw)"])
+class TestGradientsThatAreNotTheSlope:
+    """The slope is measured, so a gradient need only point downhill."""
+
+    def test_straight_through_estimators_train(self, name):
+        """Far from a parabola, and for some steps of an optimizer with a memory concave."""
+        task = classification(Binary(8, 32), nn.ReLU(), Binary(32, 3))
+        opt = CONFIGURATIONS[name](task.model.parameters())
+        start = full_loss(task)
+        for step in range(1000):
+            opt.step(task.closure(step))
+        opt.eval()
+        assert full_loss(task) < 0.75 * start
+
+    def test_gradients_may_be_scaled(self, name):
+        task = classification()
+        for param in task.model.parameters():
+            param.register_hook(lambda grad: 10.0 * grad)
+        opt = CONFIGURATIONS[name](task.model.parameters())
+        start = full_loss(task)
+        for step in range(150):
+            opt.step(task.closure(step))
+        opt.eval()
+        assert full_loss(task) < 0.5 * start
+
+    def test_a_reversed_gradient_moves_nothing(self, name):
+        task = classification(dtype=torch.float64)
+        for param in task.model.parameters():
+            param.register_hook(torch.neg)
+        opt = CONFIGURATIONS[name](task.model.parameters())
+        start, rates = values(task.model), []
+        for step in range(5):
+            opt.step(task.closure(step))
+            assert opt.report.reason is Reason.ASCENT
+            rates.append(opt.rate)
+        assert identical(start, values(task.model))
+        assert rates == sorted(rates, reverse=True)
+
+
+def test_a_tiny_rate_and_probes_sent_far_out_do_not_overflow():
+    """On a stair of a loss that once had a slope, both happen."""
+    param = nn.Parameter(torch.ones(3))
+    opt = LQA(torch.optim.SGD([param], lr=1e-10))
+    for _ in range(5):
+        opt.step(lambda: 1e10 * (param - 0.5).square().sum())
+    for _ in range(80):
+        opt.step(lambda: 1.0 + (param - param.detach()).sum())
+        assert opt.report.reason is Reason.NOISE
+    assert param.isfinite().all()
+
+
 class TestClosuresThatMisbehave:
     MESSAGE = r"the closure returned .* and then .* at the same parameters"
 

@@ -231,6 +231,11 @@ class TestSafeguarded:
         assert set(reasons[60:]) <= {Reason.MINIMUM, Reason.GROWN}
         assert rate == pytest.approx(0.5, rel=0.2)
 
+    def test_the_probes_stay_within_what_single_precision_can_multiply_a_step_by(self):
+        far = Safeguarded(smoothing=0.9, growth=2.0, reach=1e30)
+        assert far.radius(1.0) == 1e30
+        assert far.radius(1e-30) == 1.0
+
     def test_probes_that_went_too_far_do_not_condemn_the_rate(self):
         far = Safeguarded(smoothing=0.9, growth=2.0, reach=1e3)
         search, decision = far.decide(0.1, Points(1e3, math.inf, 1.0, math.inf))
@@ -299,6 +304,29 @@ class TestLedger:
 
         assert grown([2.3] * 200) < 0.2
         assert grown([2.3 * 0.97**step for step in range(200)]) > 1.0
+
+    def test_along_lines_without_a_vertex_no_rate_rises_while_the_loss_does(self):
+        """There is nothing to take a share of, and growth at every step would never end."""
+        fallen = [2.0 * 0.97**step for step in range(200)]
+        risen = [*fallen, *(fallen[-1] * 1.1**step for step in range(80))]
+        dwelling = [*risen, *(risen[-1] * 0.97**step for step in range(100))]
+        assert self.book(fallen).limit(1.0, 1.1, bounded=False) == 1.1
+        assert self.book(risen).limit(1.0, 1.1, bounded=False) == 0.9
+        assert self.book(risen).limit(1.0, 1.1) == 1.1
+        wary = book(WaryLedger, dwelling, 0.0)
+        assert wary.share < 1.0
+        assert not wary.rising
+        assert wary.limit(1.0, 1.1, bounded=False) == 1.0
+
+    def test_the_search_backs_off_along_lines_without_a_vertex(self):
+        search, rate, rates = doubting(), 0.1, []
+        for step in range(300):
+            points = sample(Parabola(1.0, -0.05), search.radius(rate), 2.0 * 1.01**step)
+            search, decision = search.decide(rate, points)
+            rate = decision.rate
+            rates.append(rate)
+        assert decision.reason is Reason.SHRUNK
+        assert rates[-1] < 1e-6 < max(rates) < 1.0
 
 
 class TestEvidence:

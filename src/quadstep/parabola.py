@@ -31,7 +31,7 @@ class Reason(StrEnum):
     SHRUNK = "shrunk"
     """The minimiser lies below the shrink limit, or promises were broken: the rate went down."""
     CONCAVE = "concave"
-    """The parabola opens downwards (b <= 0) and has no minimum: the rate grew."""
+    """The parabola opens downwards (b <= 0) and has no minimum: the rate grew, if it may."""
     ASCENT = "ascent"
     """The loss rises along the direction (a <= 0): the rate shrank."""
     NOISE = "noise"
@@ -223,6 +223,8 @@ class Ledger:
     """Steps after which a kept promise would show."""
     CREDIT = 0.02
     """The part of the growth that is allowed while promises are not believed."""
+    RETREAT = 0.9
+    """What multiplies the rate in a step where the loss rises and the line has no vertex."""
 
     @classmethod
     def open(cls, loss: float) -> Ledger:
@@ -233,25 +235,36 @@ class Ledger:
         """Enters the loss before a step at a rate, and the decrease that the step promises."""
         trend = self.trend.book(loss)
         slow = self.slow + 0.01 * (loss - self.slow)
-        share = self.share * (self.RISING if trend.mean > slow else self.FALLING)
         height = max(self.height, trend.mean)
-        return replace(
+        entered = replace(
             self,
             trend=trend,
             slow=slow,
             height=height,
             promised=0.9 * self.promised + 0.1 * promise,
-            share=min(max(share, self.LEAST), 1.0),
             learned=self.learned or height - trend.mean > self.CLEARLY * trend.spread,
         )
+        share = self.share * (self.RISING if entered.rising else self.FALLING)
+        return replace(entered, share=min(max(share, self.LEAST), 1.0))
+
+    @property
+    def rising(self) -> bool:
+        """Whether the last losses lie above the slow mean."""
+        return self.trend.mean > self.slow
 
     @property
     def believed(self) -> bool:
         """Whether promises have once come true, or are too small to show beside the noise."""
         return self.learned or self.PATIENCE * self.promised <= self.trend.spread
 
-    def limit(self, rate: float, wish: float) -> float:
-        """How far a rate may rise that would rise to `wish`."""
+    def limit(self, rate: float, wish: float, bounded: bool = True) -> float:
+        """How far a rate may rise that would rise to `wish`, or that it has to fall.
+
+        Along a line without a vertex there is nothing to take a share of. Where less than all would
+        be taken the rate does not rise, and it falls while the loss rises.
+        """
+        if self.share < 1.0 and not bounded:
+            return self.RETREAT * rate if self.rising else rate
         return wish if self.believed else rate + self.CREDIT * (wish - rate)
 
 
@@ -368,7 +381,7 @@ class Evidence:
         overdue = self.booked - self.proved > self.OVERDUE
         return overdue and not self.fitted and self.trend.mean > self.lowest
 
-    def limit(self, rate: float, wish: float) -> float:
+    def limit(self, rate: float, wish: float, bounded: bool = True) -> float:
         """How far a rate may rise that would rise to `wish`, or that it has to fall."""
         unseen = rate * _divide(self.trend.spread, self.PATIENCE * self.promised)
         if self.ceiling:
@@ -440,9 +453,10 @@ class Safeguarded:
     def radius(self, rate: float) -> float:
         """The distance of the probes: the rate in force, or further where that drowns in rounding.
 
-        Without this a tiny rate would be measured from differences of rounding errors.
+        Without this a tiny rate would be measured from differences of rounding errors. The ratio of
+        the two is what a wrapped optimizer's step is multiplied by, in single precision.
         """
-        return _clamp(max(rate, self.reach))
+        return _clamp(max(rate, min(self.reach, LARGEST_RATE * rate)))
 
     def decide(self, rate: float, points: Points) -> tuple[Safeguarded, Decision]:
         """Chooses the next rate: positive, finite, in [0.1 * rate, growth * rate].
@@ -479,13 +493,14 @@ class Safeguarded:
         growth = 1.0 + (self.growth - 1.0) / (calm if self.slowing else 1)
         wish = _clamp(rate * growth)
         ledger = search.ledger
-        limit = wish if ledger is None else _clamp(ledger.limit(rate, wish))
+        bounded = parabola.curvature > 0.0
+        limit = wish if ledger is None else _clamp(ledger.limit(rate, wish, bounded))
         lowered = Reason.SHRUNK if limit < rate else None
         share = 1.0 if ledger is None else ledger.share
         settled = growth <= self.SLOWLY
         if parabola.slope <= 0.0:
             return cut, Decision(_clamp(rate / self.growth), 0.0, Reason.ASCENT)
-        if parabola.curvature <= 0.0:
+        if not bounded:
             return tracked, Decision(limit, limit, lowered or Reason.CONCAVE)
         minimiser = _clamp(share * parabola.minimiser)
         if minimiser > limit:
