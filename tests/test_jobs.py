@@ -488,26 +488,25 @@ class Binary(nn.Linear):
 class TestGradientsThatAreNotTheSlope:
     """The slope is measured, so a gradient need only point downhill."""
 
+    def left(self, name, task, steps):
+        """The part of the loss that is left after so many steps."""
+        opt = CONFIGURATIONS[name](task.model.parameters())
+        start = full_loss(task)
+        for step in range(steps):
+            opt.step(task.closure(step))
+        opt.eval()
+        return full_loss(task) / start
+
     def test_straight_through_estimators_train(self, name):
         """Far from a parabola, and for some steps of an optimizer with a memory concave."""
         task = classification(Binary(8, 32), nn.ReLU(), Binary(32, 3))
-        opt = CONFIGURATIONS[name](task.model.parameters())
-        start = full_loss(task)
-        for step in range(1000):
-            opt.step(task.closure(step))
-        opt.eval()
-        assert full_loss(task) < 0.75 * start
+        assert self.left(name, task, steps=1000) < 0.75
 
     def test_gradients_may_be_scaled(self, name):
         task = classification()
         for param in task.model.parameters():
             param.register_hook(lambda grad: 10.0 * grad)
-        opt = CONFIGURATIONS[name](task.model.parameters())
-        start = full_loss(task)
-        for step in range(150):
-            opt.step(task.closure(step))
-        opt.eval()
-        assert full_loss(task) < 0.5 * start
+        assert self.left(name, task, steps=150) < 0.5
 
     def test_a_reversed_gradient_moves_nothing(self, name):
         task = classification(dtype=torch.float64)
