@@ -522,6 +522,21 @@ class TestGradientsThatAreNotTheSlope:
         assert rates == sorted(rates, reverse=True)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_raw_targets_are_learned_around_another_optimizer(seed):
+    """At the start the line has no vertex, and the loss goes up and down by itself."""
+    task = classification(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    targets = 150.0 + 75.0 * torch.randn(256, 1, generator=generator)
+    opt = LQA(torch.optim.AdamW(task.model.parameters(), lr=1e-3))
+    for _ in range(400):
+        picked = torch.randint(256, (16,), generator=generator)
+        loss = opt.step(
+            lambda: functional.mse_loss(task.model(task.inputs[picked]), targets[picked])  # noqa: B023
+        )
+    assert loss < 2.0 * 75.0**2
+
+
 def test_a_tiny_rate_and_probes_sent_far_out_do_not_overflow():
     """On a stair of a loss that once had a slope, both happen."""
     param = nn.Parameter(torch.ones(3))

@@ -310,23 +310,30 @@ class TestLedger:
         fallen = [2.0 * 0.97**step for step in range(200)]
         risen = [*fallen, *(fallen[-1] * 1.1**step for step in range(80))]
         dwelling = [*risen, *(risen[-1] * 0.97**step for step in range(100))]
-        assert self.book(fallen).limit(1.0, 1.1, bounded=False) == 1.1
-        assert self.book(risen).limit(1.0, 1.1, bounded=False) == 0.9
-        assert self.book(risen).limit(1.0, 1.1) == 1.1
-        wary = book(WaryLedger, dwelling, 0.0)
+        assert self.book(fallen, 10.0).limit(1.0, 1.1, bounded=False) == 1.1
+        assert self.book(risen, 10.0).limit(1.0, 1.1, bounded=False) == 0.9
+        assert self.book(risen, 10.0).limit(1.0, 1.1) == 1.1
+        wary = book(WaryLedger, dwelling, 10.0)
         assert wary.share < 1.0
         assert not wary.rising
         assert wary.limit(1.0, 1.1, bounded=False) == 1.0
 
-    def test_the_search_backs_off_along_lines_without_a_vertex(self):
-        search, rate, rates = doubting(), 0.1, []
+    def test_a_rising_loss_does_not_condemn_a_rate_whose_promises_could_not_show(self):
+        risen = [*(2.0 * 0.97**step for step in range(200)), *(1.1**step for step in range(40))]
+        assert self.book(risen, 1e-6).share < 1.0
+        assert self.book(risen, 1e-6).limit(1.0, 1.1, bounded=False) == 1.1
+
+    def test_the_search_backs_off_to_where_promises_could_not_show(self):
+        search, rate, rates, reasons = doubting(), 0.1, [], set()
         for step in range(300):
-            points = sample(Parabola(1.0, -0.05), search.radius(rate), 2.0 * 1.01**step)
+            points = sample(Parabola(1.0, -0.05), search.radius(rate), 2.0 + 0.01 * step)
             search, decision = search.decide(rate, points)
             rate = decision.rate
             rates.append(rate)
-        assert decision.reason is Reason.SHRUNK
-        assert rates[-1] < 1e-6 < max(rates) < 1.0
+            reasons.add(decision.reason)
+        assert reasons == {Reason.CONCAVE, Reason.SHRUNK}
+        assert rate == pytest.approx(search.ledger.trend.spread / 50.0, rel=0.3)
+        assert rate < 0.1 * max(rates)
 
 
 class TestEvidence:

@@ -255,15 +255,21 @@ class Ledger:
     @property
     def believed(self) -> bool:
         """Whether promises have once come true, or are too small to show beside the noise."""
-        return self.learned or self.PATIENCE * self.promised <= self.trend.spread
+        return self.learned or self.unseen
+
+    @property
+    def unseen(self) -> bool:
+        """Whether promises are too small to show, and a rising loss says nothing of the rate."""
+        return self.PATIENCE * self.promised <= self.trend.spread
 
     def limit(self, rate: float, wish: float, bounded: bool = True) -> float:
         """How far a rate may rise that would rise to `wish`, or that it has to fall.
 
         Along a line without a vertex there is nothing to take a share of. Where less than all would
-        be taken the rate does not rise, and it falls while the loss rises.
+        be taken the rate does not rise, and it falls while the loss rises, until its promises could
+        not show.
         """
-        if self.share < 1.0 and not bounded:
+        if self.share < 1.0 and not (bounded or self.unseen):
             return self.RETREAT * rate if self.rising else rate
         return wish if self.believed else rate + self.CREDIT * (wish - rate)
 
