@@ -35,9 +35,10 @@ def logistic(shape: Shape) -> nn.Module:
     return nn.Sequential(nn.Flatten(), linear)
 
 
-def mlp(shape: Shape, *, width: int, outputs: int = CLASSES) -> nn.Module:
-    """Builds a perceptron with two hidden layers."""
-    return nn.Sequential(nn.Flatten(), *_layers(math.prod(shape), width, width, outputs))
+def mlp(shape: Shape, *, width: int, outputs: int = CLASSES, dropout: float = 0.0) -> nn.Module:
+    """Builds a perceptron with two hidden layers, parts of which may drop out."""
+    widths = math.prod(shape), width, width, outputs
+    return nn.Sequential(nn.Flatten(), *_layers(*widths, dropout=dropout))
 
 
 def autoencoder(shape: Shape) -> nn.Module:
@@ -48,12 +49,16 @@ def autoencoder(shape: Shape) -> nn.Module:
     )
 
 
-def _layers(*widths: int) -> list[nn.Module]:
+def _layers(*widths: int, dropout: float = 0.0) -> list[nn.Module]:
     """Builds linear layers with rectifiers between them."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return layers[:-1]
+        if layers:
+            layers.append(nn.ReLU())
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+        layers.append(nn.Linear(inputs, outputs))
+    return layers
 
 
 def gru(shape: Shape) -> nn.Module:
@@ -90,6 +95,32 @@ def lenet(shape: Shape) -> nn.Module:
         nn.ReLU(),
         nn.Linear(84, CLASSES),
     )
+
+
+def augmented_lenet(shape: Shape) -> nn.Module:
+    """Builds LeNet-5 that never sees an image twice while it trains."""
+    return nn.Sequential(_Jitter(4), lenet(shape))
+
+
+class _Jitter(nn.Module):
+    """Mirrors images and shifts them by a few pixels, each by chance, while training."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return images
+        number, _, height, width = images.shape
+        draw = partial(torch.randint, size=(number, 1), device=images.device)
+        count = partial(torch.arange, device=images.device)
+        rows = draw(2 * self.most + 1) + count(height)
+        columns = draw(2 * self.most + 1) + count(width)
+        columns = torch.where(draw(2) == 0, columns, columns.flip(1))
+        padded = functional.pad(images, [self.most] * 4).permute(0, 2, 3, 1)
+        examples = count(number).view(-1, 1, 1)
+        return padded[examples, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 def resnet18(shape: Shape) -> nn.Module:
@@ -187,7 +218,9 @@ MODELS: dict[str, Callable[[Shape], nn.Module]] = {
     "logistic": logistic,
     "mlp": partial(mlp, width=1000),
     "small-mlp": partial(mlp, width=100),
+    "dropout-mlp": partial(mlp, width=100, dropout=0.5),
     "lenet": lenet,
+    "augmented-lenet": augmented_lenet,
     "resnet18": resnet18,
     "resnet8": resnet8,
     "transformer": transformer,

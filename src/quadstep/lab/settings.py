@@ -127,6 +127,10 @@ TASKS = {
     "mlp-breast-cancer": Task(
         "breast-cancer", "classifier", epochs=20, suite=Part("table", batch_size=16)
     ),
+    "lenet-cifar10-augmented": Task(
+        "cifar10", "augmented-lenet", epochs=12, suite=Part("regularised", subset=10_000)
+    ),
+    "mlp-digits-dropout": Task("digits", "dropout-mlp", epochs=20, suite=Part("regularised")),
     "mlp-digits": Task("digits", "small-mlp", epochs=20, suite=Part("batch")),
     "mlp-digits-batch16": Task("digits", "small-mlp", 15, suite=Part("batch", batch_size=16)),
     "mlp-digits-batch512": Task("digits", "small-mlp", 60, suite=Part("batch", batch_size=512)),
