@@ -37,8 +37,10 @@ CLASSES = {
         ("mlp-mnist", 1_796_010),
         ("lenet-mnist", 61_706),
         ("lenet-cifar10", 62_006),
+        ("lenet-cifar10-augmented", 62_006),
         ("resnet18-cifar10", 11_173_962),
         ("mlp-digits", 17_610),
+        ("mlp-digits-dropout", 17_610),
         ("resnet8-cifar10", 78_042),
         ("gru-digits", 14_858),
     ],
@@ -90,6 +92,24 @@ def test_first_weights_can_be_scaled() -> None:
     scaled = models.build("mlp-digits-small-weights")
     for before, after in zip(plain.parameters(), scaled.parameters(), strict=True):
         assert torch.equal(0.01 * before, after)
+
+
+def test_augmented_images_are_shifted_and_mirrored_in_training_alone() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(200, 3, 32, 32)
+    jitter = models.build("lenet-cifar10-augmented")[0]
+    seen: set[tuple[bool, int, int]] = set()
+    for image, shown in zip(images, jitter(images), strict=True):
+        for mirrored in (False, True):
+            padded = functional.pad(image.flip(2) if mirrored else image, [4] * 4)
+            for down in range(9):
+                for right in range(9):
+                    if torch.equal(shown, padded[:, down : down + 32, right : right + 32]):
+                        seen.add((mirrored, down, right))
+    mirrored, down, right = (set(values) for values in zip(*seen, strict=True))
+    assert mirrored == {False, True}
+    assert down == right == set(range(9))
+    assert torch.equal(jitter.eval()(images), images)
 
 
 def test_an_autoencoder_returns_images() -> None:
