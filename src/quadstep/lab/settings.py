@@ -128,7 +128,7 @@ TASKS = {
         "breast-cancer", "classifier", epochs=20, suite=Part("table", batch_size=16)
     ),
     "lenet-cifar10-augmented": Task(
-        "cifar10", "augmented-lenet", 12, held_out=1000, suite=Part("regularised", subset=10_000)
+        "cifar10", "augmented-lenet", 12, held_out=1000, suite=Part("regularised", subset=5000)
     ),
     "mlp-digits-dropout": Task("digits", "dropout-mlp", epochs=20, suite=Part("regularised")),
     "mlp-digits": Task("digits", "small-mlp", epochs=20, suite=Part("batch")),
