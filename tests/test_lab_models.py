@@ -98,14 +98,15 @@ def test_augmented_images_are_shifted_and_mirrored_in_training_alone() -> None:
     torch.manual_seed(0)
     images = torch.rand(200, 3, 32, 32)
     jitter = models.build("lenet-cifar10-augmented")[0]
-    seen: set[tuple[bool, int, int]] = set()
+    seen: list[tuple[bool, int, int]] = []
     for image, shown in zip(images, jitter(images), strict=True):
         for mirrored in (False, True):
             padded = functional.pad(image.flip(2) if mirrored else image, [4] * 4)
             for down in range(9):
                 for right in range(9):
                     if torch.equal(shown, padded[:, down : down + 32, right : right + 32]):
-                        seen.add((mirrored, down, right))
+                        seen.append((mirrored, down, right))
+    assert len(seen) == len(images)
     mirrored, down, right = (set(values) for values in zip(*seen, strict=True))
     assert mirrored == {False, True}
     assert down == right == set(range(9))

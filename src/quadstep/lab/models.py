@@ -98,7 +98,7 @@ def lenet(shape: Shape) -> nn.Module:
 
 
 def augmented_lenet(shape: Shape) -> nn.Module:
-    """Builds LeNet-5 that never sees an image twice while it trains."""
+    """Builds LeNet-5 that hardly ever sees an image twice while it trains."""
     return nn.Sequential(_Jitter(4), lenet(shape))
 
 
