@@ -1,5 +1,7 @@
 """Models and optimizers: the sizes the paper's models have, and what their names stand for."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -94,18 +96,23 @@ def test_first_weights_can_be_scaled() -> None:
         assert torch.equal(0.01 * before, after)
 
 
+def window(image: torch.Tensor, down: int, right: int) -> torch.Tensor:
+    """Cuts an image out of itself with a margin of four zeros."""
+    padded = functional.pad(image, [4] * 4)
+    return padded[:, down : down + image.shape[1], right : right + image.shape[2]]
+
+
 def test_augmented_images_are_shifted_and_mirrored_in_training_alone() -> None:
     torch.manual_seed(0)
     images = torch.rand(200, 3, 32, 32)
     jitter = models.build("lenet-cifar10-augmented")[0]
-    seen: list[tuple[bool, int, int]] = []
-    for image, shown in zip(images, jitter(images), strict=True):
-        for mirrored in (False, True):
-            padded = functional.pad(image.flip(2) if mirrored else image, [4] * 4)
-            for down in range(9):
-                for right in range(9):
-                    if torch.equal(shown, padded[:, down : down + 32, right : right + 32]):
-                        seen.append((mirrored, down, right))
+    seen = [
+        (mirrored, down, right)
+        for image, shown in zip(images, jitter(images), strict=True)
+        for mirrored in (False, True)
+        for down, right in product(range(9), repeat=2)
+        if torch.equal(shown, window(image.flip(2) if mirrored else image, down, right))
+    ]
     assert len(seen) == len(images)
     mirrored, down, right = (set(values) for values in zip(*seen, strict=True))
     assert mirrored == {False, True}
