@@ -388,7 +388,10 @@ class Evidence:
         return overdue and not self.fitted and self.trend.mean > self.lowest
 
     def limit(self, rate: float, wish: float, bounded: bool = True) -> float:
-        """How far a rate may rise that would rise to `wish`, or that it has to fall."""
+        """How far a rate may rise that would rise to `wish`, or that it has to fall.
+
+        A rise is earned by the loss alone, so whether the line is `bounded` does not matter.
+        """
         unseen = rate * _divide(self.trend.spread, self.PATIENCE * self.promised)
         if self.ceiling:
             most = max(rate, self.ceiling)
