@@ -563,6 +563,25 @@ class TestClosures:
         opt = LQA(task.model.parameters())
         assert opt.step(lambda: task.closure()().reshape(1)).shape == (1,)
 
+    @pytest.mark.filterwarnings("ignore:the closure calls backward:UserWarning")
+    def test_a_closure_may_return_the_same_tensor_each_time(self, configuration):
+        plain, replayed = classification(dtype=torch.float64), classification(dtype=torch.float64)
+        opts = [configuration(task.model.parameters()) for task in (plain, replayed)]
+        static = torch.zeros((), dtype=torch.float64)
+        for step in range(15):
+
+            def closure(step=step):
+                for param in replayed.model.parameters():
+                    param.grad = None
+                loss = replayed.closure(step)()
+                loss.backward()
+                return static.copy_(loss.detach())
+
+            losses = opts[0].step(plain.closure(step)), opts[1].step(closure)
+            assert identical(*([loss.clone()] for loss in losses))
+            assert opts[0].report.rate == opts[1].report.rate
+        assert identical(values(plain.model), values(replayed.model))
+
     def test_compiled_models(self):
         task = classification()
         eager = copy.deepcopy(task)

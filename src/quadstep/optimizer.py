@@ -254,6 +254,9 @@ class LQA(Optimizer):
         before = self._surroundings.capture(self._devices() if due else None)
         try:
             centre = self._gradient_pass(closure, loss, before)
+            if due:
+                # Closures may return one tensor each time, as replayed graphs do.
+                centre = centre.clone()
             # Elsewhere looking means waiting, which a held step does not.
             finite, sloping = self._inspect(centre) if due or at_hand(centre) else (True, True)
             if not finite:
@@ -535,7 +538,7 @@ class LQA(Optimizer):
             ):
                 probe = closure()
             _check_loss(probe, "closure")
-            return _scalar(probe)
+            return _scalar(probe).clone()
 
         radius = self._search.radius(self.rate)
         audited = self._audits and self._measured % AUDIT == 0
