@@ -15,6 +15,7 @@ from problems import (
     trains_without_a_trace,
     values,
 )
+from torch.nn import functional
 
 from quadstep import LQA, Reason
 
@@ -134,6 +135,60 @@ def test_autocast_and_a_scaler(precision):
         scaler.update()
     opt.eval()
     assert task.closure(0, 256)().item() < 0.5
+
+
+@every_configuration
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_losses(name, mode):
+    """The second mode replays graphs, which give the same tensors each time."""
+    eager = classification(dtype=torch.float64).to("cuda")
+    task = copy.deepcopy(eager)
+    opt, reference = (CONFIGURATIONS[name](some.model.parameters()) for some in (task, eager))
+
+    def compute(inputs, labels):
+        return functional.cross_entropy(task.model(inputs), labels)
+
+    compiled = torch.compile(compute, mode=mode)
+    for _ in range(15):
+        loss = opt.step(lambda: compiled(task.inputs, task.labels))
+        expected = reference.step(eager.closure(size=256))
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(values(task.model), values(eager.model), rtol=1e-6, atol=1e-9)
+
+
+@every_configuration
+def test_captured_graphs(name):
+    eager = classification(dtype=torch.float64).to("cuda")
+    task = copy.deepcopy(eager)
+    opt, reference = (CONFIGURATIONS[name](some.model.parameters()) for some in (task, eager))
+    closure, side = task.closure(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        closure().backward()
+        with torch.no_grad():
+            closure()
+    torch.cuda.current_stream().wait_stream(side)
+    whole, forward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    opt.zero_grad()
+    with torch.cuda.graph(whole):
+        loss = closure()
+        loss.backward()
+    with torch.no_grad(), torch.cuda.graph(forward):
+        probe = closure()
+
+    def replay():
+        forward.replay()
+        return probe
+
+    for _ in range(15):
+        whole.replay()
+        opt.step(replay, loss=loss)
+        reference.zero_grad()
+        expected = eager.closure()()
+        expected.backward()
+        reference.step(eager.closure(), loss=expected)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(values(task.model), values(eager.model), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"capturable": True}])
