@@ -139,6 +139,7 @@ def test_autocast_and_a_scaler(precision):
 
 @every_configuration
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.filterwarnings("default")
 def test_compiled_losses(name, mode):
     """The second mode replays graphs, which give the same tensors each time."""
     eager = classification(dtype=torch.float64).to("cuda")

@@ -686,6 +686,26 @@ class TestAccelerators:
         torch.testing.assert_close(trained(), plain, rtol=1e-9, atol=1e-12)
         trains_without_a_trace(configuration, lambda opt, closure: opt.step(closure))
 
+    def test_probes_may_write_over_the_gradients(self, configuration, monkeypatch):
+        """As those of replayed graphs do."""
+        monkeypatch.setattr(direction, "at_hand", lambda tensor: False)
+        plain, replayed = classification(dtype=torch.float64), classification(dtype=torch.float64)
+        for task in (plain, replayed):
+            opt = configuration(task.model.parameters())
+            for step in range(15):
+                opt.zero_grad()
+                loss = task.closure(step)()
+                loss.backward()
+                static = [param.grad for param in task.model.parameters()]
+
+                def closure(task=task, static=static, step=step):
+                    if task is replayed:
+                        torch._foreach_zero_(static)
+                    return task.closure(step)()
+
+                opt.step(closure, loss=loss)
+        assert identical(values(plain.model), values(replayed.model))
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_a_measuring_step_looks_before_any_state_advances(
         self, configuration, bad, monkeypatch

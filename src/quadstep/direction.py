@@ -44,8 +44,14 @@ class Gradient:
     """The gradient itself: the line of Algorithm 1 of the paper."""
 
     def line(self, groups: list[Group], state: State, rate: float, measured: bool) -> Line:
-        """Takes the gradients as they are, without a copy."""
-        return Line(gather(groups, rate))
+        """Takes the gradients, as they are where nothing but this writes to them."""
+        blocks = gather(groups, rate)
+        if measured:
+            for block in blocks:
+                # A probe that replays a graph on an accelerator may write over them.
+                if not all(map(at_hand, block.direction)):
+                    block.direction = copies(block.direction)
+        return Line(blocks)
 
 
 class NormalisedGradient:
