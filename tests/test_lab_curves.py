@@ -34,9 +34,17 @@ def test_a_diverged_run_counts_as_an_infinite_loss_up_to_the_last_epoch():
 
 
 def test_the_tail_is_the_mean_over_the_last_quarter_of_the_epochs():
-    assert Curve("lqa", (record(TASK, "lqa", [9, 8, 7, 6, 5, 4, 3, 2, 1]),)).tail == 1.5
-    assert Curve("lqa", (record(TASK, "lqa", [9, 8, 7]),)).tail == 7
-    assert Curve("lqa", (record(TASK, "lqa", [9], epochs=3, status=None),)).tail == math.inf
+    assert Curve("lqa", (record(TASK, "lqa", [9, 8, 7, 6, 5, 4, 3, 2, 1]),)).tail() == 1.5
+    assert Curve("lqa", (record(TASK, "lqa", [9, 8, 7]),)).tail() == 7
+    assert Curve("lqa", (record(TASK, "lqa", [9], epochs=3, status=None),)).tail() == math.inf
+
+
+def test_the_best_of_runs_of_different_lengths_is_that_over_the_epochs_all_have():
+    short = Curve("sgd-0.1", (record(TASK, "sgd-0.1", [9, 4, 4]),))
+    long = Curve("sgd-0.01", (record(TASK, "sgd-0.01", [9, 5, 3, 7, 8]),))
+    unstarted = Curve("sgd-0.001", (record(TASK, "sgd-0.001", [9], epochs=3, status=None),))
+    assert (short.length, long.length, unstarted.length) == (2, 4, 0)
+    assert curves.best([short, long, unstarted]) is long
 
 
 def test_rates_are_medians_over_the_seeds_that_have_one():
@@ -78,6 +86,12 @@ def test_runs_without_an_epoch_and_of_other_tasks_are_left_out():
         record("lenet-mnist", "lqa", [2.0, 1.0]),
     ]
     assert curves.gather(records, TASK) == {}
+
+
+def test_words_of_runs_of_different_lengths_and_numbers():
+    runs = [record(TASK, "lqa", [2.0, 1.0]), record(TASK, "lqa", [2.0, 1.0, 0.5], seed=1)]
+    gathered = curves.gather([*runs, record(TASK, "sgd-0.1", [2.0, 1.0])], TASK)
+    assert curves.describe(gathered) == "the whole training set, 1 to 2 epochs, 1 to 2 seeds"
 
 
 def test_words():

@@ -337,8 +337,9 @@ _READING = f"""
 
 - n is the smallest number of seeds among the runs compared; losses are medians over the seeds.
 - A family of competitors enters at its best rate: the one whose mean training loss over the last
-  quarter of the epochs is the lowest. Where several competitors or models are compared, all must
-  pass; the number shown is that of the one that passes by least, or fails by most.
+  quarter of the epochs is the lowest. Runs of different lengths are compared over the epochs that
+  all of them have. Where several competitors or models are compared, all must pass; the number
+  shown is that of the one that passes by least, or fails by most.
 - *share*: how many of the epochs find LQA lower; at least {SHARE:.0%} counts as throughout.
 - *similar*: LQA's loss over the other's; at most {SIMILAR} counts as similar, lower is no fault.
 - *lower*: the ratio of the mean losses; below 1 counts as lower.

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,10 +77,17 @@ class Curve:
         return np.median(self.losses, axis=0)
 
     @property
-    def tail(self) -> float:
-        """The mean of the median loss over the last quarter of the epochs; inf before epoch 1."""
-        losses = self.median[1:]
-        losses = losses[~np.isnan(losses)]
+    def length(self) -> int:
+        """How many epochs all seeds have been trained for."""
+        return int(np.sum(~np.isnan(self.median[1:])))
+
+    def tail(self, length: int | None = None) -> float:
+        """The mean of the median loss over the last quarter of the epochs; inf before epoch 1.
+
+        Args:
+            length: How many epochs to look at; by default all.
+        """
+        losses = self.median[1 : self.length + 1][:length]
         return float(losses[-math.ceil(len(losses) / 4) :].mean()) if len(losses) else math.inf
 
     def rates(self, quantile: str) -> Array:
@@ -117,20 +124,25 @@ def gather(records: Iterable[Record], task: str) -> dict[str, Curve]:
 
 
 def best(curves: Iterable[Curve]) -> Curve:
-    """The curve that ends lowest: of a family's, the one at its best rate."""
-    return min(curves, key=lambda curve: curve.tail)
+    """The curve that ends lowest: of a family's, the one at its best rate.
+
+    One that was trained for longer is judged by the epochs that all have.
+    """
+    curves = list(curves)
+    length = min((curve.length for curve in curves if curve.length), default=None)
+    return min(curves, key=lambda curve: curve.tail(length))
 
 
 def describe(curves: Mapping[str, Curve]) -> str:
-    """Says on how much the curves of a task rest: training set, epochs and seeds."""
+    """Says on how much the curves of a task rest: training set, epochs and seeds of each."""
     runs = [run for curve in curves.values() for run in curve.runs]
     subset, precision = runs[0].config.subset, runs[0].config.precision
     images = "the whole training set" if subset is None else f"{subset:,} of the training images"
     if precision != "float32":
         images += f" in {precision}"
-    epochs = max(run.config.epochs for run in runs)
-    seeds = len({run.config.seed for run in runs})
-    return f"{images}, {_count(epochs, 'epoch')}, {_count(seeds, 'seed')}"
+    epochs = _count([run.config.epochs for run in runs], "epoch")
+    seeds = _count([len(curve.runs) for curve in curves.values()], "seed")
+    return f"{images}, {epochs}, {seeds}"
 
 
 def title(task: str) -> str:
@@ -154,8 +166,11 @@ def display(optimizer: str) -> str:
     return optimizer
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _count(numbers: Sequence[int], noun: str) -> str:
+    least, most = min(numbers), max(numbers)
+    if least < most:
+        return f"{least} to {most} {noun}s"
+    return f"{most} {noun}" if most == 1 else f"{most} {noun}s"
 
 
 def _table(rows: Iterable[list[float]]) -> Array:

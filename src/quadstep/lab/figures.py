@@ -275,7 +275,7 @@ def _scale(axes: Axes, limits: tuple[float, float]) -> None:
 
 def _rate_limits(curves: Collection[Curve]) -> tuple[float, float]:
     """The range of the rates of the runs that did not diverge, with room for their bands."""
-    settled = [curve.rates("median") for curve in curves if np.isfinite(curve.tail)]
+    settled = [curve.rates("median") for curve in curves if np.isfinite(curve.tail())]
     seen = np.concatenate([np.empty(0), *settled])
     seen = seen[seen > 0]
     return (0.1 * float(seen.min()), 10 * float(seen.max())) if len(seen) else (1e-3, 1.0)

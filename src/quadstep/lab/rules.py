@@ -315,7 +315,7 @@ def unconverged(task: str, rate: float, families: Sequence[str]) -> Rule:
         runs = [_need(curves, f"{family}-{rate}") for family in families]
         bests = [_best(curves, family) for family in families]
         ratios = {
-            run.optimizer: float(_divide(run.tail, least.tail))
+            run.optimizer: float(_divide(run.tail(), least.tail()))
             for run, least in zip(runs, bests, strict=True)
         }
         return Measurement([Check("ratio", ratios, low=UNCONVERGED)], _seeds([*runs, *bests]))
