@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from quadstep import LQA, Reason, direction, line, optimizer
+from quadstep.lab import data
 
 
 @pytest.fixture(params=CONFIGURATIONS)
@@ -667,6 +668,35 @@ class Still:
         from quadstep.parabola import Decision
 
         return self, Decision(rate, 0.0, Reason.MINIMUM)
+
+
+class TestBatchesOfTwo:
+    @pytest.mark.parametrize("seed", [0, 1])
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda params: LQA(params, direction="sgd"),
+            lambda params: LQA(torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True)),
+            lambda params: LQA(torch.optim.Adagrad(params)),
+        ],
+        ids=["gradient", "nesterov", "adagrad"],
+    )
+    def test_a_wrong_example_does_not_send_the_rate_out(self, build, seed):
+        """Nearly all losses are zero in the end, and the slope of the rest is steep."""
+        table = data.load("breast-cancer")
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
+        )
+        opt = build(model.parameters())
+
+        def loss(rows=slice(None)):
+            outputs = model(table.train_inputs[rows])
+            return functional.cross_entropy(outputs, table.train_labels[rows])
+
+        for batch in torch.randint(len(table.train_labels), (1500, 2)):
+            opt.step(lambda batch=batch: loss(batch))
+        assert loss() < 0.2
 
 
 class TestAccelerators:

@@ -302,8 +302,8 @@ class TestLedger:
                 rate = decision.rate
             return rate
 
-        assert grown([2.3] * 200) < 0.2
-        assert grown([2.3 * 0.97**step for step in range(200)]) > 1.0
+        assert grown([12.3] * 200) < 0.2
+        assert grown([10.0 + 2.3 * 0.97**step for step in range(200)]) > 1.0
 
     def test_along_lines_without_a_vertex_no_rate_rises_while_the_loss_does(self):
         """There is nothing to take a share of, and growth at every step would never end."""
@@ -322,6 +322,22 @@ class TestLedger:
         risen = [*(2.0 * 0.97**step for step in range(200)), *(1.1**step for step in range(40))]
         assert self.book(risen, 1e-6).share < 1.0
         assert self.book(risen, 1e-6).limit(1.0, 1.1, bounded=False) == 1.1
+
+    @given(coefficients, coefficients, st.floats(1.0, 100.0))
+    def test_the_vertex_of_a_line_that_stays_above_zero_is_trusted(self, slope, curvature, factor):
+        parabola = Parabola(slope, curvature)
+        loss = factor * slope**2 / (4.0 * curvature)
+        trusted = Ledger.open(loss).trusted(parabola, loss)
+        assert trusted == pytest.approx(parabola.minimiser)
+
+    @given(coefficients, st.floats(1e-6, 1.0), st.floats(1e-9, 1e-3))
+    def test_no_vertex_takes_off_more_than_there_is(self, slope, loss, curvature):
+        trusted = Ledger.open(loss).trusted(Parabola(slope, curvature), loss)
+        assert 0.5 * slope * trusted <= loss * (1.0 + 1e-12)
+
+    def test_a_loss_of_nothing_bounds_nothing(self):
+        """Losses may start at zero and fall from there."""
+        assert Ledger.open(0.0).trusted(Parabola(1.0, 0.5), 0.0) == 1.0
 
     def test_the_search_backs_off_to_where_promises_could_not_show(self):
         search, rate, rates, reasons = doubting(), 0.1, [], set()

@@ -225,6 +225,8 @@ class Ledger:
     """The part of the growth that is allowed while promises are not believed."""
     RETREAT = 0.9
     """What multiplies the rate in a step where the loss rises and the line has no vertex."""
+    MOST = 2.0
+    """Losses that the slope may promise: a vertex takes off half of what its slope alone would."""
 
     @classmethod
     def open(cls, loss: float) -> Ledger:
@@ -272,6 +274,21 @@ class Ledger:
         if self.share < 1.0 and not (bounded or self.unseen):
             return self.RETREAT * rate if self.rising else rate
         return wish if self.believed else rate + self.CREDIT * (wish - rate)
+
+    def trusted(self, parabola: Parabola, level: float) -> float:
+        """How far out to go: a share of the vertex, and no further than there is loss to take off.
+
+        The loss of a wrong example in a batch of few is steep and hardly curved. Once averaged it
+        moves the vertex far out, where it promises many times the loss, for as long as the average
+        remembers it.
+
+        Args:
+            parabola: the running one, with a vertex ahead.
+            level: the running mean of the absolute loss.
+        """
+        loss = max(level, self.trend.spread)
+        most = self.MOST * loss / parabola.slope if loss else math.inf
+        return min(self.share * parabola.minimiser, most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +344,6 @@ class Evidence:
     proved: int = 0
     ceiling: float = 0.0
 
-    share = 1.0
     CLEARLY = 1.0
     """Spreads by which the loss falls in a proof."""
     FADING = 0.03
@@ -400,6 +416,10 @@ class Evidence:
         broken = self.owed > self.BROKEN * self.trend.spread
         least = self.FALL * rate if broken else rate
         return min(wish, max(least, unseen))
+
+    def trusted(self, parabola: Parabola, level: float) -> float:
+        """How far out to go: averaged iterates bear the whole vertex."""
+        return parabola.minimiser
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,13 +525,13 @@ class Safeguarded:
         bounded = parabola.curvature > 0.0
         limit = wish if ledger is None else _clamp(ledger.limit(rate, wish, bounded))
         lowered = Reason.SHRUNK if limit < rate else None
-        share = 1.0 if ledger is None else ledger.share
         settled = growth <= self.SLOWLY
         if parabola.slope <= 0.0:
             return cut, Decision(_clamp(rate / self.growth), 0.0, Reason.ASCENT)
         if not bounded:
             return tracked, Decision(limit, limit, lowered or Reason.CONCAVE)
-        minimiser = _clamp(share * parabola.minimiser)
+        minimiser = parabola.minimiser if ledger is None else ledger.trusted(parabola, level)
+        minimiser = _clamp(minimiser)
         if minimiser > limit:
             # The step is one that the probes can vouch for, the next probes go further.
             trailing = minimiser / self.TRAIL
