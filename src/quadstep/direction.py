@@ -44,11 +44,11 @@ class Gradient:
     """The gradient itself: the line of Algorithm 1 of the paper."""
 
     def line(self, groups: list[Group], state: State, rate: float, measured: bool) -> Line:
-        """Takes the gradients, as they are where nothing but this writes to them."""
+        """Takes the gradients as they are, or copies where a probe might write over them."""
         blocks = gather(groups, rate)
         if measured:
             for block in blocks:
-                # A probe that replays a graph on an accelerator may write over them.
+                # Where losses are replayed graphs, which accelerators have, so are the gradients.
                 if not all(map(at_hand, block.direction)):
                     block.direction = copies(block.direction)
         return Line(blocks)
