@@ -19,7 +19,8 @@ from configurations import CONFIGURATIONS
 from problems import noisy_classification, values
 from torch.nn import functional
 
-STEPS, EVERY = 120, 3
+STEPS, EVERY = 121, 3
+"""The last step comes after the last checkpoint: its report is compared too, and is not saved."""
 
 
 def live(name: str, folder: Path) -> None:
