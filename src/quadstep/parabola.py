@@ -530,8 +530,8 @@ class Safeguarded:
             return cut, Decision(_clamp(rate / self.growth), 0.0, Reason.ASCENT)
         if not bounded:
             return tracked, Decision(limit, limit, lowered or Reason.CONCAVE)
-        minimiser = parabola.minimiser if ledger is None else ledger.trusted(parabola, level)
-        minimiser = _clamp(minimiser)
+        vertex = parabola.minimiser if ledger is None else ledger.trusted(parabola, level)
+        minimiser = _clamp(vertex)
         if minimiser > limit:
             # The step is one that the probes can vouch for, the next probes go further.
             trailing = minimiser / self.TRAIL

@@ -77,9 +77,15 @@ class Curve:
         return np.median(self.losses, axis=0)
 
     @property
+    def trained(self) -> Array:
+        """The median losses from epoch 1 to the last that every seed has."""
+        losses = self.median[1:]
+        return losses[~np.isnan(losses)]
+
+    @property
     def length(self) -> int:
         """How many epochs all seeds have been trained for."""
-        return int(np.sum(~np.isnan(self.median[1:])))
+        return len(self.trained)
 
     def tail(self, length: int | None = None) -> float:
         """The mean of the median loss over the last quarter of the epochs; inf before epoch 1.
@@ -87,7 +93,7 @@ class Curve:
         Args:
             length: How many epochs to look at; by default all.
         """
-        losses = self.median[1 : self.length + 1][:length]
+        losses = self.trained[:length]
         return float(losses[-math.ceil(len(losses) / 4) :].mean()) if len(losses) else math.inf
 
     def rates(self, quantile: str) -> Array:
@@ -129,7 +135,7 @@ def best(curves: Iterable[Curve]) -> Curve:
     One that was trained for longer is judged by the epochs that all have.
     """
     curves = list(curves)
-    length = min((curve.length for curve in curves if curve.length), default=None)
+    length = min(filter(None, (curve.length for curve in curves)), default=None)
     return min(curves, key=lambda curve: curve.tail(length))
 
 
@@ -168,9 +174,8 @@ def display(optimizer: str) -> str:
 
 def _count(numbers: Sequence[int], noun: str) -> str:
     least, most = min(numbers), max(numbers)
-    if least < most:
-        return f"{least} to {most} {noun}s"
-    return f"{most} {noun}" if most == 1 else f"{most} {noun}s"
+    number = str(most) if least == most else f"{least} to {most}"
+    return f"{number} {noun}" if most == 1 else f"{number} {noun}s"
 
 
 def _table(rows: Iterable[list[float]]) -> Array:

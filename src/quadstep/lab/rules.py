@@ -456,12 +456,6 @@ def _seeds(curves: Iterable[Curve]) -> int:
     return min(len(curve.runs) for curve in curves)
 
 
-def _losses(curve: Curve) -> Array:
-    """The median losses from epoch 1 to the last that every seed has."""
-    losses = curve.median[1:]
-    return losses[~np.isnan(losses)]
-
-
 def _compare(
     statistic: Callable[[Array, Array], float],
     window: Window,
@@ -471,7 +465,7 @@ def _compare(
     """Applies a statistic to LQA's losses and each other's in the epochs that both have."""
 
     def value(other: Curve) -> float:
-        mine, theirs = _losses(ours), _losses(other)
+        mine, theirs = ours.trained, other.trained
         epochs = window.of(min(len(mine), len(theirs)))
         return statistic(mine[epochs], theirs[epochs])
 
@@ -479,16 +473,16 @@ def _compare(
 
 
 def _loss(curve: Curve, epoch: int) -> float:
-    losses = _losses(curve)
+    losses = curve.trained
     return float(losses[only(epoch).of(len(losses))][0])
 
 
 def _reached(curve: Curve, level: float, *, by: int) -> float:
     """The first epoch with a loss of at most `level`; inf if there is none up to epoch `by`."""
-    reached = np.flatnonzero(_losses(curve) <= level)
+    reached = np.flatnonzero(curve.trained <= level)
     if len(reached):
         return float(reached[0] + 1)
-    if len(_losses(curve)) < by:
+    if curve.length < by:
         raise NotRunError
     return math.inf
 
@@ -501,7 +495,7 @@ def _rise(curve: Curve, start: float = 0.0, stop: float = 1.0) -> float:
             return math.inf
         return float(np.maximum(_divide(losses[1:], losses[:-1]) - 1, 0).mean())
 
-    epochs = len(_losses(curve))
+    epochs = curve.length
     part = slice(math.floor(start * epochs), math.ceil(stop * epochs))
     if part.stop - part.start < 2:
         raise NotRunError
