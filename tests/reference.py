@@ -34,16 +34,24 @@ def schedule_free(
     gradient: Callable[[Tensor], Tensor],
     start: Tensor,
     rates: list[float],
-    beta: float,
-    kappa: float,
+    betas: list[float],
+    kappas: list[float],
     power: float,
     decay: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The averaged iterates along the normalised gradient, x, y and z each kept for itself."""
-    x, y, z, grads = start.clone(), start.clone(), start.clone(), []
-    for t, rate in enumerate(rates, start=1):
+    """The averaged iterates along the normalised gradient, x, y and z each kept for itself.
+
+    A larger beta draws y towards x, a smaller one z.
+    """
+    x, y, z, grads, before = start.clone(), start.clone(), start.clone(), [], betas[0]
+    for t, (rate, beta, kappa) in enumerate(zip(rates, betas, kappas, strict=True), start=1):
+        if beta > before:
+            y = (1.0 - beta) * z + beta * x
+        elif beta < before:
+            z = (y - beta * x) / (1.0 - beta)
+        before = beta
         grads.append(gradient(y))
         d = normalised(grads, decay, eps) + weight_decay * y
         z = z - kappa * rate * d

@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from quadstep import LQA, Reason
+from quadstep.averaging import ScheduleFree
 
 BASES = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05),
@@ -195,6 +196,62 @@ class TestTheRate:
         assert (opt.report.forwards, opt.report.backwards) == (3, 1)
         with pytest.raises(AttributeError):
             report.rate = 1.0
+
+
+class TestNoise:
+    """Where every step sees the same losses, the fast iterate of the default steps further."""
+
+    def test_losses_of_all_the_data_are_quiet(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        stretches = [1.0]
+        for _ in range(400):
+            opt.step(task.closure(size=len(task.inputs)))
+            stretches.append(opt._averaging.stretch)
+        assert max(stretches) == 3.0
+
+    def test_batches_are_not_and_change_nothing(self):
+        tasks = classification(), classification()
+        opts = [LQA(task.model.parameters()) for task in tasks]
+        opts[1]._averaging = ScheduleFree(furthest=1.0)
+        for step in range(400):
+            for opt, task in zip(opts, tasks, strict=True):
+                opt.step(task.closure(step, size=16))
+            assert opts[0]._averaging.stretch == 1.0
+        assert identical(*(values(task.model) for task in tasks))
+
+    def test_a_narrow_valley_is_followed_faster(self):
+        left = []
+        turn = torch.linalg.qr(torch.arange(400, dtype=torch.float64).reshape(20, 20).sin()).Q
+        hessian = turn @ torch.logspace(-4, 0, 20, dtype=torch.float64).diag() @ turn.T
+        for furthest in (1.0, 3.0):
+            theta = nn.Parameter(torch.ones(20, dtype=torch.float64))
+            valley = Quadratic(hessian, torch.zeros_like(theta), 0.0, theta)
+            opt = LQA([theta])
+            opt._averaging = ScheduleFree(furthest=furthest)
+            for _ in range(1000):
+                opt.step(valley)
+            opt.eval()
+            left.append(valley().item())
+        assert left[1] < 0.3 * left[0]
+
+    @pytest.mark.parametrize("stop", [245, 253, 260])
+    def test_resumes_bit_for_bit(self, stop):
+        whole, part, resumed = classification(), classification(), classification()
+        opt, first = LQA(whole.model.parameters()), LQA(part.model.parameters())
+        for _ in range(stop):
+            opt.step(whole.closure(size=len(whole.inputs)))
+            first.step(part.closure(size=len(part.inputs)))
+        assert first._averaging.stretch > 1.0
+        resumed.model.load_state_dict(part.model.state_dict())
+        second = LQA(resumed.model.parameters())
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        for _ in range(60):
+            opt.step(whole.closure(size=len(whole.inputs)))
+            second.step(resumed.closure(size=len(resumed.inputs)))
+        opt.eval()
+        second.eval()
+        assert identical(values(whole.model), values(resumed.model))
 
 
 class TestWrapping:

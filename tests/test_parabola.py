@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from quadstep.parabola import (
     Evidence,
     Exact,
     Ledger,
+    Noise,
     Parabola,
     Points,
     Reason,
@@ -113,6 +115,58 @@ class TestExact:
     def test_does_not_divide_by_a_zero_radius(self):
         _, decision = Exact().decide(0.0, Points(0.0, 1.0, 1.0, 1.0))
         assert decision == Decision(0.0, 0.0, Reason.NON_FINITE)
+
+
+class TestNoise:
+    @staticmethod
+    def book(paths, promise=1.0, descent=1.0):
+        noise = Noise()
+        for path in paths:
+            noise = noise.book(path, promise, descent)
+        return noise
+
+    @given(st.floats(0.5, 0.99), st.floats(-0.5, 0.5), st.floats(-10, 10), st.floats(1e-3, 1e3))
+    def test_losses_on_one_curve_or_on_two_by_turns_are_quiet(self, fall, apart, floor, scale):
+        """Whatever their offset and their scale."""
+        losses = [scale * (floor + fall**step * (1 + apart * (-1) ** step)) for step in range(300)]
+        paths = [losses[at : at + 11] for at in range(0, 200, 10)]
+        assert self.book(paths, promise=scale, descent=2.0 * scale).quiet > 0.5
+
+    @given(st.integers(0, 2**32), st.floats(0.3, 1e3), st.floats(-10, 10))
+    def test_independent_losses_are_not(self, seed, spread, floor):
+        generator = random.Random(seed)
+        noise = Noise()
+        for _ in range(50):
+            path = [floor + generator.gauss(0, spread) for _ in range(11)]
+            noise = noise.book(path, promise=1.0, descent=2.0)
+            assert noise.quiet == 0.0
+
+    @given(st.lists(st.lists(anything, max_size=12), max_size=30), anything, st.floats(0, 1e300))
+    def test_stays_a_share(self, paths, descent, promise):
+        noise = self.book(paths, promise, descent)
+        assert 0.0 <= noise.share <= 1.0
+        assert 0.0 <= noise.quiet <= 1.0
+
+    @pytest.mark.parametrize(
+        "path",
+        [[], [1.0] * 6, [1.0, 2.0, math.nan, 1.0, 1.0, 2.0, 1.0], [math.inf] * 11],
+        ids=["none", "short", "nan", "inf"],
+    )
+    def test_says_nothing_of_paths_that_say_nothing(self, path):
+        assert Noise().book(path, 1.0, 1.0) == Noise()
+
+    def test_losses_that_stand_still_and_promise_nothing_are_noise(self):
+        assert self.book([[1.0] * 11] * 30, promise=0.0, descent=0.0).quiet == 0.0
+
+    @pytest.mark.parametrize(
+        "path",
+        [[1.0, 3.0, 0.0, 2.0, 5.0, 1.0, 4.0, 0.0, 1.0], [1.0 + 0.2 * step for step in range(11)]],
+        ids=["noise", "overshoot"],
+    )
+    def test_what_disturbs_is_heard_at_the_next_measurement(self, path):
+        noise = self.book([[1.0 - 0.01 * step for step in range(11)]] * 30)
+        assert noise.quiet == 1.0
+        assert noise.book(path, 1.0, 1.0).quiet == 0.0
 
 
 class TestSafeguarded:

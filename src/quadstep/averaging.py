@@ -28,12 +28,30 @@ class ScheduleFree:
             at y, which moves by a fraction of what z moves.
         power: the n-th iterate counts in the average with about the power of n, so that the average
             forgets where a long run began.
+        furthest: how many times as far z steps at most, see `adapt`.
+
+    Attributes:
+        stretch: how many times as far z steps at present.
     """
 
-    def __init__(self, beta: float = 0.9, kappa: float = 4.0, power: float = 3.0) -> None:
-        self.beta = beta
-        self.kappa = kappa
+    def __init__(
+        self, beta: float = 0.9, kappa: float = 4.0, power: float = 3.0, furthest: float = 3.0
+    ) -> None:
         self.power = power
+        self.stretch = 1.0
+        self._beta = beta
+        self._kappa = kappa
+        self._furthest = furthest
+
+    @property
+    def beta(self) -> float:
+        """The weight of the average in y at present."""
+        return 1.0 - (1.0 - self._beta) / self.stretch
+
+    @property
+    def kappa(self) -> float:
+        """How far the fast iterate steps at present, in units of the measured rate."""
+        return self._kappa * self.stretch
 
     def weight(self, moves: int) -> float:
         """The share of the newest iterate in the average of so many, in (0, 1]."""
@@ -63,6 +81,35 @@ class ScheduleFree:
                 block.params, block.direction, alpha=-step * (1.0 - self.beta * (1.0 - weight))
             )
             torch._foreach_add_(fast, block.direction, alpha=-step)
+
+    def adapt(self, quiet: float, moves: int, params: list[Tensor], state: Any) -> None:
+        """Lets z step further where the losses are free of noise.
+
+        As many times less of it is then in y, which a step by itself moves no further. That is what
+        more momentum is to gradient descent: along a valley the steps add up, across it they
+        cancel. But the average draws y after z, too, and much so while it is young: no further than
+        where that moves y by as much as a step itself. Where the weights change x stays, and moved
+        is whichever of y and z comes nearer to it.
+
+        Args:
+            quiet: how free of noise the losses are, from 0 to 1.
+            moves: how many steps there were.
+            params: all parameters, at y.
+            state: the per-parameter state, where z lives.
+        """
+        most = min(max((1.0 - self._beta) / self.weight(moves), 1.0), self._furthest)
+        stretch = most**quiet
+        if stretch == self.stretch:
+            return
+        before, self.stretch = self.beta, stretch
+        if self.beta > before:
+            self._towards_fast(params, state, 1.0 - self.beta / before)
+            return
+        left = self.beta / (1.0 - self.beta) * (1.0 - before) / before
+        for param in params:
+            if "z" in state[param]:
+                held = torch.view_as_real(param) if param.is_complex() else param
+                state[param]["z"].lerp_(held, 1.0 - left)
 
     def average(self, params: list[Tensor], state: Any) -> None:
         """Replaces y by x in the parameters."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -164,6 +164,8 @@ class LQA(Optimizer):
             else Safeguarded(smoothing=0.99, growth=1.1, ledger=ledger.open(0.0))
         )
         self._process_group = process_group
+        # The losses since the last measurement, that one's first, for what is noise in them.
+        self._path: deque[Tensor] = deque(maxlen=self._every)
         self._wait = 0
         self._moves = 0
         self._training = True
@@ -324,6 +326,8 @@ class LQA(Optimizer):
             "search": asdict(self._search),
             "wait": self._wait,
             "moves": self._moves,
+            "path": [float(loss) for loss in self._path],
+            "stretch": 1.0 if self._averaging is None else self._averaging.stretch,
             "training": self._training,
             # All reasons: distributed checkpoints load the keys that a fresh optimizer has.
             "counts": {reason.value: self._counts[reason] for reason in Reason},
@@ -353,6 +357,10 @@ class LQA(Optimizer):
         self._search = self._search.loaded(saved["search"])
         self._wait = saved["wait"]
         self._moves = saved["moves"]
+        self._path.clear()
+        self._path.extend(torch.tensor(saved["path"], dtype=torch.float64))
+        if self._averaging is not None:
+            self._averaging.stretch = saved["stretch"]
         self._training = saved["training"]
         self._counts = +Counter({Reason(key): count for key, count in saved["counts"].items()})
 
@@ -558,11 +566,17 @@ class LQA(Optimizer):
                 param.grad = grad
             after.restore()
         # The one wait for the device.
-        given, minus, *repeated, plus = rank_mean(
-            torch.stack([_scalar(centre), *losses]), self._process_group
-        )
+        measured = [_scalar(centre), *losses]
+        path = [past.to(centre) for past in self._path]
+        values = rank_mean(torch.stack([*measured, *path]), self._process_group)
+        given, minus, *repeated, plus = values[: len(measured)]
         points = Points(
-            radius, minus, given if loss is None else repeated[0], plus, self._resolution(losses[0])
+            radius,
+            minus,
+            given if loss is None else repeated[0],
+            plus,
+            self._resolution(losses[0]),
+            tuple(values[len(measured) :]),
         )
         if audited:
             self._audit(given, repeated[0], points, loss is None)
@@ -603,6 +617,7 @@ class LQA(Optimizer):
             line.move(decision.step)
         else:
             line.restore()
+            self._averaging.adapt(self._search.quiet, self._moves, self._parameters(), self.state)
             if decision.step:
                 self._moves += 1
                 weight = self._averaging.weight(self._moves)
@@ -618,11 +633,14 @@ class LQA(Optimizer):
     def _finish(self, loss: Tensor, decision: Decision, own: int, probes: int = 0) -> Tensor:
         """Books the step and sets when to measure next: at once until the rate has settled."""
         if decision.reason is not Reason.HELD:
+            self._path.clear()
             self._wait = self._every - 1 if decision.settled else 0
         elif self._wait and decision.step:
             # A measurement that is due stays so, and a step that moves nothing brings none nearer.
             self._wait -= 1
         backwards = own + (probes if self._closure_runs_backward else 0)
+        if self._averaging is not None:
+            self._path.append(_scalar(loss).clone())
         self._counts[decision.reason] += 1
         self._last = (loss, decision.reason, own + probes, backwards)
         return loss
@@ -638,6 +656,7 @@ _PICKLED = frozenset(
         "_every",
         "_last",
         "_moves",
+        "_path",
         "_process_group",
         "_search",
         "_training",

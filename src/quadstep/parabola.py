@@ -8,6 +8,7 @@ Specification by Local Quadratic Approximation" (CIKM 2020).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -50,6 +51,7 @@ class Points:
         centre: loss at `theta`.
         plus: loss at `theta + radius * d`.
         resolution: relative rounding error of one loss, the epsilon of its dtype.
+        path: the losses of the steps before, back to the last measurement.
     """
 
     radius: float
@@ -57,6 +59,7 @@ class Points:
     centre: float
     plus: float
     resolution: float = 2.0**-52
+    path: tuple[float, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -145,6 +148,11 @@ class Exact:
     def loaded(self, state: dict[str, Any]) -> Exact:
         """Takes over a state that was saved with `asdict`."""
         return Exact(Parabola(**state["parabola"]))
+
+    @property
+    def quiet(self) -> float:
+        """Nothing is known of the noise in the losses."""
+        return 0.0
 
     def radius(self, rate: float) -> float:
         """The distance of the probes: delta0, the last minimiser (section 3.2)."""
@@ -423,6 +431,56 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Noise:
+    """How much of what the losses do from step to step is the noise of the batches.
+
+    Without noise they lie on a smooth curve, or on two by turns where the steps lead across a
+    valley and back. Either way every second loss continues those before it: third differences are
+    small beside what a step promises and what the steps together achieve. With the batches of a
+    data set they are not, however large those are.
+
+    Attributes:
+        share: the running mean of that ratio, in [0, 1].
+        samples: how many ratios are in it.
+    """
+
+    share: float = 1.0
+    samples: int = 0
+
+    WEIGHT = 0.2
+    """Of the newest ratio."""
+    QUIET, LOUD = 0.02, 0.06
+    """The shares below which there is no noise, and above which there is nothing but noise."""
+
+    def book(self, path: Sequence[float], promise: float, descent: float) -> Noise:
+        """Enters a path, whose end counts as noise where it rises further than steps can explain.
+
+        Args:
+            path: the losses of successive steps.
+            promise: the decrease that the last of them promises.
+            descent: the same by its slope alone.
+        """
+        bends = [
+            last - 3.0 * third + 3.0 * second - first
+            for first, second, third, last in zip(path, path[2:], path[4:], path[6:], strict=False)
+        ]
+        if not bends or not all(map(math.isfinite, path)):
+            return self
+        # Third differences of independent numbers have twenty times their variance.
+        spread = math.hypot(*bends) / math.sqrt(20.0 * len(bends))
+        rise = path[-1] - path[0]
+        ratio = min(spread / (promise + abs(rise)), 1.0) if rise < descent else 1.0
+        samples = self.samples + 1
+        weight = max(self.WEIGHT, 1.0 / (samples + 1))
+        return Noise(self.share + weight * (ratio - self.share), samples)
+
+    @property
+    def quiet(self) -> float:
+        """How free of noise the losses are, from 0 to 1."""
+        return min(max((self.LOUD - self.share) / (self.LOUD - self.QUIET), 0.0), 1.0)
+
+
+@dataclass(frozen=True, slots=True)
 class Safeguarded:
     """The vertex of a running parabola, kept within what the probes can vouch for.
 
@@ -443,6 +501,7 @@ class Safeguarded:
         level: the running mean of the absolute loss, the scale of what is a large change.
         reach: the least distance of the probes at which the losses differ by more than rounding.
         strikes: how many fits in a row contradicted the running parabola.
+        noise: of the losses, where there are steps between two measurements.
         ledger: what is known of kept promises; None takes every vertex at its word.
     """
 
@@ -455,6 +514,7 @@ class Safeguarded:
     level: float = 0.0
     reach: float = 0.0
     strikes: int = 0
+    noise: Noise = Noise()
     ledger: Ledger | Evidence | None = None
 
     SHRINK = 0.1
@@ -476,8 +536,17 @@ class Safeguarded:
         if ledger is not None:
             saved: dict[str, Any] = state["ledger"]
             ledger = replace(ledger, **saved | {"trend": Trend(**saved["trend"])})
-        state = state | {"parabola": Parabola(**state["parabola"]), "ledger": ledger}
+        state = state | {
+            "parabola": Parabola(**state["parabola"]),
+            "noise": Noise(**state["noise"]),
+            "ledger": ledger,
+        }
         return Safeguarded(**state)
+
+    @property
+    def quiet(self) -> float:
+        """How free of noise the losses are, from 0 to 1."""
+        return self.noise.quiet
 
     def radius(self, rate: float) -> float:
         """The distance of the probes: the rate in force, or further where that drowns in rounding.
@@ -499,8 +568,7 @@ class Safeguarded:
         drowned = bend <= points.rounding
         search = self
         if math.isfinite(points.centre):
-            promise = rate * (fit.slope - fit.curvature * rate)
-            search = self._book(points.centre, rate, 0.0 if drowned else promise)
+            search = self._book(points, rate, Parabola(0.0, 0.0) if drowned else fit)
         if not (points.finite and fit.finite):
             return search._retreat(rate, points, 0.0, Reason.NON_FINITE)
         if points.minus - points.centre > max(abs(points.centre), self.level):
@@ -544,13 +612,16 @@ class Safeguarded:
             return cut, Decision(minimiser, 0.0, Reason.MINIMUM)
         return tracked, Decision(minimiser, minimiser, Reason.MINIMUM, settled=True)
 
-    def _book(self, loss: float, rate: float, promise: float) -> Safeguarded:
+    def _book(self, points: Points, rate: float, fit: Parabola) -> Safeguarded:
         """Enters a loss, and the decrease that a step promises there, in the ledger."""
         if self.ledger is None:
             return self
+        loss = points.centre
         ledger = self.ledger if self.level else self.ledger.open(loss)
+        promise = rate * (fit.slope - fit.curvature * rate)
         promise = max(0.0, promise) if math.isfinite(promise) else 0.0
-        return replace(self, ledger=ledger.book(loss, rate, promise))
+        noise = self.noise.book((*points.path, loss), promise, rate * abs(fit.slope))
+        return replace(self, noise=noise, ledger=ledger.book(loss, rate, promise))
 
     def _retreat(
         self, rate: float, points: Points, hint: float, reason: Reason
