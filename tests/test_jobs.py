@@ -659,7 +659,7 @@ class TestClosuresThatMisbehave:
 class Still:
     """A search that measures and stays."""
 
-    parabola = None
+    parabola, quiet = None, 0.0
 
     def radius(self, rate):
         return rate
@@ -803,7 +803,8 @@ class TestCheckpoints:
     def test_older_versions_are_upgraded_one_by_one(self, monkeypatch):
         params = list(classification().model.parameters())
         state = LQA(params).state_dict()
-        state["param_groups"][0]["lqa"]["pause"] = state["param_groups"][0]["lqa"].pop("wait")
+        saved = state["param_groups"][0]["lqa"]
+        saved |= {"version": 1, "pause": saved.pop("wait")}
 
         def two(saved):
             return saved | {"version": 2, "delay": saved["pause"]}
@@ -816,6 +817,25 @@ class TestCheckpoints:
         opt = LQA(params)
         opt.load_state_dict(state)
         assert opt._wait == 7
+
+    def test_a_state_of_the_first_version_loads(self, configuration):
+        """It knew nothing of noise."""
+        task = classification()
+        opt = configuration(task.model.parameters())
+        for step in range(15):
+            opt.step(task.closure(step))
+        state = copy.deepcopy(opt.state_dict())
+        saved = state["param_groups"][0]["lqa"]
+        saved["version"] = 1
+        del saved["path"], saved["stretch"]
+        saved["search"].pop("noise", None)
+        other = copy.deepcopy(task)
+        loaded = configuration(other.model.parameters())
+        loaded.load_state_dict(state)
+        for step in range(15, 30):
+            opt.step(task.closure(step))
+            loaded.step(other.closure(step))
+        assert identical(values(task.model), values(other.model))
 
     def test_every_older_version_has_an_upgrade(self):
         assert set(optimizer.UPGRADES) == set(range(1, optimizer.STATE_VERSION))

@@ -856,7 +856,7 @@ class TestErrors:
         opt = LQA(classification().model.parameters())
         state = opt.state_dict()
         state["param_groups"][0]["lqa"]["version"] = 99
-        with pytest.raises(ValueError, match="state_dict has version 99, newer than 1, the newest"):
+        with pytest.raises(ValueError, match="state_dict has version 99, newer than 2, the newest"):
             opt.load_state_dict(state)
 
 

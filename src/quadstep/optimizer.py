@@ -39,6 +39,7 @@ from quadstep.parabola import (
     Evidence,
     Exact,
     Ledger,
+    Noise,
     Points,
     Reason,
     Safeguarded,
@@ -48,9 +49,16 @@ from quadstep.parabola import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+def _deaf_to_noise(saved: dict[str, Any]) -> dict[str, Any]:
+    """Adds to a state of version 1 what is known of the noise in the losses: nothing."""
+    search = saved["search"] | {"noise": asdict(Noise())}
+    return saved | {"version": 2, "search": search, "path": [], "stretch": 1.0}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _deaf_to_noise}
 """What turns LQA's own part of a state of each older version into that of the next."""
 
 AUDIT = 100
@@ -165,7 +173,7 @@ class LQA(Optimizer):
         )
         self._process_group = process_group
         # The losses since the last measurement, that one's first, for what is noise in them.
-        self._path: deque[Tensor] = deque(maxlen=self._every)
+        self._path: deque[Tensor] = deque(maxlen=self._every if averaged else 0)
         self._wait = 0
         self._moves = 0
         self._training = True
@@ -326,7 +334,9 @@ class LQA(Optimizer):
             "search": asdict(self._search),
             "wait": self._wait,
             "moves": self._moves,
-            "path": [float(loss) for loss in self._path],
+            "path": [
+                float(loss) for loss in self._whole_path(torch.empty((), dtype=torch.float64))
+            ],
             "stretch": 1.0 if self._averaging is None else self._averaging.stretch,
             "training": self._training,
             # All reasons: distributed checkpoints load the keys that a fresh optimizer has.
@@ -358,7 +368,8 @@ class LQA(Optimizer):
         self._wait = saved["wait"]
         self._moves = saved["moves"]
         self._path.clear()
-        self._path.extend(torch.tensor(saved["path"], dtype=torch.float64))
+        path = [loss for loss in saved["path"] if not math.isnan(loss)]
+        self._path.extend(torch.tensor(path, dtype=torch.float64))
         if self._averaging is not None:
             self._averaging.stretch = saved["stretch"]
         self._training = saved["training"]
@@ -567,8 +578,7 @@ class LQA(Optimizer):
             after.restore()
         # The one wait for the device.
         measured = [_scalar(centre), *losses]
-        path = [past.to(centre) for past in self._path]
-        values = rank_mean(torch.stack([*measured, *path]), self._process_group)
+        values = rank_mean(torch.stack([*measured, *self._whole_path(centre)]), self._process_group)
         given, minus, *repeated, plus = values[: len(measured)]
         points = Points(
             radius,
@@ -576,11 +586,19 @@ class LQA(Optimizer):
             given if loss is None else repeated[0],
             plus,
             self._resolution(losses[0]),
-            tuple(values[len(measured) :]),
+            tuple(value for value in values[len(measured) :] if not math.isnan(value)),
         )
         if audited:
             self._audit(given, repeated[0], points, loss is None)
         return points, len(rates)
+
+    def _whole_path(self, like: Tensor) -> list[Tensor]:
+        """The losses since the last measurement, as many on every process: those missing are nan.
+
+        A process that took over the state of another one may have fewer.
+        """
+        missing = (self._path.maxlen or 0) - len(self._path)
+        return [*(loss.to(like) for loss in self._path), *like.new_full((missing,), math.nan)]
 
     @property
     def _measured(self) -> int:
@@ -639,8 +657,7 @@ class LQA(Optimizer):
             # A measurement that is due stays so, and a step that moves nothing brings none nearer.
             self._wait -= 1
         backwards = own + (probes if self._closure_runs_backward else 0)
-        if self._averaging is not None:
-            self._path.append(_scalar(loss).clone())
+        self._path.append(_scalar(loss).clone())
         self._counts[decision.reason] += 1
         self._last = (loss, decision.reason, own + probes, backwards)
         return loss
