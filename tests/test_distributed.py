@@ -275,6 +275,21 @@ def counted():
         dist.all_reduce = original
 
 
+def check_steps_stretch_alike_where_losses_are_free_of_noise(_):
+    """The same batch at every step; the average, too, is drawn along with the shards."""
+    alone = classification(dtype=torch.float64)
+    expected = CONFIGURATIONS["lqa-auto"](alone.model.parameters(), process_group=myself())
+    train(expected, alone.model, alone, [0] * 250, 1, 0)
+    assert expected._averaging.stretch > 1.0
+    expected.eval()
+    for parallelise in (DistributedDataParallel, sharded):
+        task, model, opt = begun("lqa-auto", parallelise)
+        train(opt, model, task, [0] * 250)
+        assert opt._averaging.stretch == pytest.approx(expected._averaging.stretch, rel=1e-6)
+        opt.eval()
+        torch.testing.assert_close(whole(model), whole(alone.model), rtol=1e-6, atol=1e-9)
+
+
 def check_what_is_sent(_):
     """On the CPU two flags at every step, and all losses together where it measures.
 
