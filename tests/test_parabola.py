@@ -142,6 +142,8 @@ class TestNoise:
             assert noise.quiet == 0.0
 
     @given(st.lists(st.lists(anything, max_size=12), max_size=30), anything, st.floats(0, 1e300))
+    @example([[1.0] * 11] * 3, 1.0, 0.0)
+    @example([[1.7e308, -1.7e308] * 6] * 3, math.inf, 0.0)
     def test_stays_a_share(self, paths, descent, promise):
         noise = self.book(paths, promise, descent)
         assert 0.0 <= noise.share <= 1.0

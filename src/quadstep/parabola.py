@@ -469,7 +469,9 @@ class Noise:
         # Third differences of independent numbers have twenty times their variance.
         spread = math.hypot(*bends) / math.sqrt(20.0 * len(bends))
         rise = path[-1] - path[0]
-        ratio = min(spread / (promise + abs(rise)), 1.0) if rise < descent else 1.0
+        ratio = _divide(spread, promise + abs(rise)) if rise < descent else 1.0
+        # Also where it overflows, or is zero over zero.
+        ratio = ratio if ratio < 1.0 else 1.0
         samples = self.samples + 1
         weight = max(self.WEIGHT, 1.0 / (samples + 1))
         return Noise(self.share + weight * (ratio - self.share), samples)
