@@ -334,9 +334,8 @@ class LQA(Optimizer):
             "search": asdict(self._search),
             "wait": self._wait,
             "moves": self._moves,
-            "path": [
-                float(loss) for loss in self._whole_path(torch.empty((), dtype=torch.float64))
-            ],
+            # As long as a fresh optimizer's, for the same reason as all counts below.
+            "path": [*map(float, self._path), *(None for _ in range(self._missing))],
             "stretch": 1.0 if self._averaging is None else self._averaging.stretch,
             "training": self._training,
             # All reasons: distributed checkpoints load the keys that a fresh optimizer has.
@@ -368,7 +367,7 @@ class LQA(Optimizer):
         self._wait = saved["wait"]
         self._moves = saved["moves"]
         self._path.clear()
-        path = [loss for loss in saved["path"] if not math.isnan(loss)]
+        path = [loss for loss in saved["path"] if loss is not None]
         self._path.extend(torch.tensor(path, dtype=torch.float64))
         if self._averaging is not None:
             self._averaging.stretch = saved["stretch"]
@@ -597,8 +596,12 @@ class LQA(Optimizer):
 
         A process that took over the state of another one may have fewer.
         """
-        missing = (self._path.maxlen or 0) - len(self._path)
-        return [*(loss.to(like) for loss in self._path), *like.new_full((missing,), math.nan)]
+        missing = like.new_full((self._missing,), math.nan)
+        return [*(loss.to(like) for loss in self._path), *missing]
+
+    @property
+    def _missing(self) -> int:
+        return (self._path.maxlen or 0) - len(self._path)
 
     @property
     def _measured(self) -> int:

@@ -437,7 +437,7 @@ class Noise:
     Without noise they lie on a smooth curve, or on two by turns where the steps lead across a
     valley and back. Either way every second loss continues those before it: third differences are
     small beside what a step promises and what the steps together achieve. With the batches of a
-    data set they are not, however large those are.
+    data set, of up to thousands of examples, they are not.
 
     Attributes:
         share: the running mean of that ratio, in [0, 1].
