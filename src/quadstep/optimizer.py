@@ -173,7 +173,7 @@ class LQA(Optimizer):
         )
         self._process_group = process_group
         # The losses since the last measurement, that one's first, for what is noise in them.
-        self._path: deque[Tensor] = deque(maxlen=self._every if averaged else 0)
+        self._path: deque[Tensor | float] = deque(maxlen=self._every if averaged else 0)
         self._wait = 0
         self._moves = 0
         self._training = True
@@ -367,8 +367,7 @@ class LQA(Optimizer):
         self._wait = saved["wait"]
         self._moves = saved["moves"]
         self._path.clear()
-        path = [loss for loss in saved["path"] if loss is not None]
-        self._path.extend(torch.tensor(path, dtype=torch.float64))
+        self._path.extend(loss for loss in saved["path"] if loss is not None)
         if self._averaging is not None:
             self._averaging.stretch = saved["stretch"]
         self._training = saved["training"]
@@ -576,28 +575,32 @@ class LQA(Optimizer):
                 param.grad = grad
             after.restore()
         # The one wait for the device.
-        measured = [_scalar(centre), *losses]
-        values = rank_mean(torch.stack([*measured, *self._whole_path(centre)]), self._process_group)
-        given, minus, *repeated, plus = values[: len(measured)]
+        measured = torch.stack([_scalar(centre), *losses])
+        if self._path.maxlen:
+            measured = torch.cat([measured, self._whole_path(centre)])
+        values = rank_mean(measured, self._process_group)
+        given, minus, *repeated, plus = values[: 1 + len(losses)]
         points = Points(
             radius,
             minus,
             given if loss is None else repeated[0],
             plus,
             self._resolution(losses[0]),
-            tuple(value for value in values[len(measured) :] if not math.isnan(value)),
+            tuple(value for value in values[1 + len(losses) :] if not math.isnan(value)),
         )
         if audited:
             self._audit(given, repeated[0], points, loss is None)
         return points, len(rates)
 
-    def _whole_path(self, like: Tensor) -> list[Tensor]:
+    def _whole_path(self, like: Tensor) -> Tensor:
         """The losses since the last measurement, as many on every process: those missing are nan.
 
         A process that took over the state of another one may have fewer.
         """
-        missing = like.new_full((self._missing,), math.nan)
-        return [*(loss.to(like) for loss in self._path), *missing]
+        path = [*self._path, *(math.nan for _ in range(self._missing))]
+        if at_hand(like):
+            return torch.tensor([float(loss) for loss in path], dtype=like.dtype)
+        return torch.stack([torch.as_tensor(loss).to(like) for loss in path])
 
     @property
     def _missing(self) -> int:
@@ -660,7 +663,8 @@ class LQA(Optimizer):
             # A measurement that is due stays so, and a step that moves nothing brings none nearer.
             self._wait -= 1
         backwards = own + (probes if self._closure_runs_backward else 0)
-        self._path.append(_scalar(loss).clone())
+        if self._path.maxlen:
+            self._path.append(float(loss) if at_hand(loss) else _scalar(loss).clone())
         self._counts[decision.reason] += 1
         self._last = (loss, decision.reason, own + probes, backwards)
         return loss
