@@ -11,11 +11,13 @@ from the other and z, so that only one copy of the parameters is stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quadstep.direction import real
 from quadstep.line import Block
 
 
@@ -106,10 +108,8 @@ class ScheduleFree:
             self._towards_fast(params, state, 1.0 - self.beta / before)
             return
         left = self.beta / (1.0 - self.beta) * (1.0 - before) / before
-        for param in params:
-            if "z" in state[param]:
-                held = torch.view_as_real(param) if param.is_complex() else param
-                state[param]["z"].lerp_(held, 1.0 - left)
+        for held, fast in _pairs(params, state):
+            fast.lerp_(held, 1.0 - left)
 
     def average(self, params: list[Tensor], state: Any) -> None:
         """Replaces y by x in the parameters."""
@@ -120,7 +120,11 @@ class ScheduleFree:
         self._towards_fast(params, state, 1.0 - self.beta)
 
     def _towards_fast(self, params: list[Tensor], state: Any, weight: float) -> None:
-        for param in params:
-            if "z" in state[param]:
-                held = torch.view_as_real(param) if param.is_complex() else param
-                held.lerp_(state[param]["z"], weight)
+        for held, fast in _pairs(params, state):
+            held.lerp_(fast, weight)
+
+
+def _pairs(params: list[Tensor], state: Any) -> Iterable[tuple[Tensor, Tensor]]:
+    """What each parameter that has moved holds, and its z."""
+    moved = [param for param in params if "z" in state[param]]
+    return zip(real(moved), (state[param]["z"] for param in moved), strict=True)
