@@ -407,6 +407,15 @@ class TestNoTrace:
             loss = opt.step(task.closure())
         assert loss.item() < task.closure(0, 256)().item() * 2.0
 
+    @pytest.mark.parametrize(
+        ("size", "reason"), [(1e-30, Reason.NOISE), (1e20, Reason.NOISE), (0.0, Reason.HELD)]
+    )
+    def test_gradients_count_whose_squares_are_beyond_their_type(self, size, reason):
+        param = nn.Parameter(torch.ones(3))
+        opt = LQA([param], direction="sgd", delta0=1e-10)
+        opt.step(lambda: size * param.sum() + 1.0)
+        assert opt.report.reason is reason
+
     @pytest.mark.parametrize("name", ["lqa", "lqa-auto"])
     def test_steps_without_a_gradient_might_as_well_not_be_taken(self, name):
         """At the start flat lines would send the first rate out, and later shift the averages."""

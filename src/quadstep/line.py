@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Closure = Callable[[], Tensor]
+
+Loss = TypeVar("Loss")
 
 
 @dataclass(slots=True)
@@ -82,11 +84,11 @@ class Line:
                 assign(block.params, start)
         self._displaced = False
 
-    def losses(self, evaluate: Closure, rates: Iterable[float]) -> list[Tensor]:
+    def losses(self, evaluate: Callable[[], Loss], rates: Iterable[float]) -> list[Loss]:
         """Evaluates the loss at several rates and returns to rate zero, however that ends.
 
         Args:
-            evaluate: returns the loss at the present parameters.
+            evaluate: returns the loss at the present parameters, as a tensor or a number.
             rates: where on the line; negative ones lie uphill.
 
         Returns:
@@ -94,7 +96,7 @@ class Line:
         """
         if self._start is None:
             self._start = [copies(block.params) for block in self.blocks]
-        losses: list[Tensor] = []
+        losses: list[Loss] = []
         try:
             for rate in rates:
                 self.move(rate)
@@ -106,22 +108,30 @@ class Line:
         return losses
 
 
-def rank_mean(values: Tensor, group: ProcessGroup | None) -> list[float]:
+def rank_mean(
+    values: Sequence[Tensor | float], like: Tensor, group: ProcessGroup | None
+) -> list[float]:
     """Averages numbers over the processes that train together; reading them waits for the device.
 
     The sum is formed once and sent to all, so that all go on with the same bits.
 
     Args:
-        values: one dimension, the same length on every process; may be overwritten.
+        values: scalars, as many on every process.
+        like: a tensor of the type and on the device that they have on their way.
         group: the processes; None means all, or this one alone where there is no process group.
     """
     distributed, size = torch.distributed, processes(group)
+    known = [value for value in values if isinstance(value, float)]
+    if size == 1 and len(known) == len(values):
+        return known
+    kind, device = like.dtype, like.device
+    together = torch.stack([torch.as_tensor(value, dtype=kind, device=device) for value in values])
     if size > 1:
-        values = values.double()
-        distributed.all_reduce(values, group=group)
+        together = together.double()
+        distributed.all_reduce(together, group=group)
     # One by one, values would be tensors first, which takes ten times as long. Torch has no types
     # for the way that takes them together.
-    untyped: Any = values
+    untyped: Any = together
     return [value / size for value in untyped.tolist()]
 
 

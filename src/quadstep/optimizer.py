@@ -517,20 +517,17 @@ class LQA(Optimizer):
         dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
         parts = [grad for grad in real(dense) if grad.numel()]
         if at_hand(loss):
-            # Extremes carry every inf and nan, and on the CPU they cost a fraction of a norm.
-            extremes = [torch.aminmax(part) for part in parts]
-            values = [_scalar(loss), *(value for pair in extremes for value in pair)]
+            values = [float(loss), *_sizes(parts)]
         else:
-            # So does the largest size, and it is found in all at once. The device is waited for
-            # once, too.
+            # The largest size carries every inf and nan. The device is waited for once.
             sizes = [size for some in alike(parts) for size in torch._foreach_norm(some, math.inf)]
-            values = [value.to(loss.device) for value in (_scalar(loss), *sizes)]
-            values = [*torch.stack(values).cpu()]
+            waiting: Any = torch.stack([value.to(loss.device) for value in (_scalar(loss), *sizes)])
+            values = waiting.tolist()
         finite, sloping = all(map(math.isfinite, values)), any(values[1:])
         if processes(self._process_group) > 1:
-            flags = torch.tensor([float(finite), float(sloping)], device=loss.device)
-            mean = rank_mean(flags, self._process_group)
-            finite, sloping = mean[0] == 1.0, mean[1] > 0.0
+            flags = [float(finite), float(sloping)]
+            finite_ranks, sloping_ranks = rank_mean(flags, loss, self._process_group)
+            finite, sloping = finite_ranks == 1.0, sloping_ranks > 0.0
         return finite, sloping
 
     def _measure(
@@ -546,7 +543,9 @@ class LQA(Optimizer):
             # What the gradient pass did not draw from, the probes will not either.
             before, after = self._surroundings.capture(self._devices()).advanced(before)
 
-        def evaluate() -> Tensor:
+        kinds: list[torch.dtype] = []
+
+        def evaluate() -> Tensor | float:
             before.restore()
             torch.clear_autocast_cache()
             with (
@@ -555,7 +554,8 @@ class LQA(Optimizer):
             ):
                 probe = closure()
             _check_loss(probe, "closure")
-            return _scalar(probe).clone()
+            kinds.append(probe.dtype)
+            return _reading(probe)
 
         radius = self._search.radius(self.rate)
         audited = self._audits and self._measured % AUDIT == 0
@@ -574,33 +574,22 @@ class LQA(Optimizer):
             for param, grad in grads:
                 param.grad = grad
             after.restore()
+        # As many on every process: one that took over the state of another may know fewer.
+        path = [*self._path, *(math.nan for _ in range(self._missing))]
         # The one wait for the device.
-        measured = torch.stack([_scalar(centre), *losses])
-        if self._path.maxlen:
-            measured = torch.cat([measured, self._whole_path(centre)])
-        values = rank_mean(measured, self._process_group)
+        values = rank_mean([_reading(centre), *losses, *path], centre, self._process_group)
         given, minus, *repeated, plus = values[: 1 + len(losses)]
         points = Points(
             radius,
             minus,
             given if loss is None else repeated[0],
             plus,
-            self._resolution(losses[0]),
+            self._resolution(kinds[0]),
             tuple(value for value in values[1 + len(losses) :] if not math.isnan(value)),
         )
         if audited:
             self._audit(given, repeated[0], points, loss is None)
         return points, len(rates)
-
-    def _whole_path(self, like: Tensor) -> Tensor:
-        """The losses since the last measurement, as many on every process: those missing are nan.
-
-        A process that took over the state of another one may have fewer.
-        """
-        path = [*self._path, *(math.nan for _ in range(self._missing))]
-        if at_hand(like):
-            return torch.tensor([float(loss) for loss in path], dtype=like.dtype)
-        return torch.stack([torch.as_tensor(loss).to(like) for loss in path])
 
     @property
     def _missing(self) -> int:
@@ -627,13 +616,13 @@ class LQA(Optimizer):
             stacklevel=6,
         )
 
-    def _resolution(self, loss: Tensor) -> float:
+    def _resolution(self, kind: torch.dtype) -> float:
         """The relative rounding error of a loss, whatever type it was cast to in the end."""
         types = {param.dtype for param in self._parameters()} | self._surroundings.autocast
         # Frozen parameters may be quantised to integers.
         inexact = [dtype for dtype in types if dtype.is_floating_point or dtype.is_complex]
         computed = max(torch.finfo(dtype).eps for dtype in inexact)
-        return max(torch.finfo(loss.dtype).eps, CANCELLING * computed)
+        return max(torch.finfo(kind).eps, CANCELLING * computed)
 
     def _move(self, line: Line, decision: Decision) -> None:
         """Moves the parameters from where the line starts and puts the new rate in force."""
@@ -664,7 +653,7 @@ class LQA(Optimizer):
             self._wait -= 1
         backwards = own + (probes if self._closure_runs_backward else 0)
         if self._path.maxlen:
-            self._path.append(float(loss) if at_hand(loss) else _scalar(loss).clone())
+            self._path.append(_reading(loss))
         self._counts[decision.reason] += 1
         self._last = (loss, decision.reason, own + probes, backwards)
         return loss
@@ -692,6 +681,20 @@ _PICKLED = frozenset(
 def _scalar(loss: Tensor) -> Tensor:
     """A loss without history or dimensions, whole on every process."""
     return whole(loss.detach()).reshape(())
+
+
+def _reading(loss: Tensor) -> Tensor | float:
+    """What a loss is now: a number, or a copy of it where reading means waiting."""
+    return float(whole(loss.detach())) if at_hand(loss) else _scalar(loss).clone()
+
+
+def _sizes(grads: list[Tensor]) -> list[float]:
+    """Numbers that are all zero where all gradients are, and not all finite where they are not."""
+    norms = [float(norm) for norm in torch._foreach_norm(grads)] if grads else []
+    if all(map(math.isfinite, norms)) and any(norms):
+        return norms
+    # Norms overflow, and vanish, where gradients do not yet; extremes take longer.
+    return [float(extreme) for grad in grads for extreme in torch.aminmax(grad)]
 
 
 def _check_base(
