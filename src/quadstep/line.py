@@ -117,15 +117,19 @@ def rank_mean(
 
     Args:
         values: scalars, as many on every process.
-        like: a tensor of the type and on the device that they have on their way.
+        like: a tensor on the device where they are averaged, of the type that numbers have there.
         group: the processes; None means all, or this one alone where there is no process group.
     """
     distributed, size = torch.distributed, processes(group)
     known = [value for value in values if isinstance(value, float)]
     if size == 1 and len(known) == len(values):
         return known
-    kind, device = like.dtype, like.device
-    together = torch.stack([torch.as_tensor(value, dtype=kind, device=device) for value in values])
+    together = torch.stack(
+        [
+            value.to(like.device) if isinstance(value, Tensor) else like.new_tensor(value)
+            for value in values
+        ]
+    )
     if size > 1:
         together = together.double()
         distributed.all_reduce(together, group=group)
