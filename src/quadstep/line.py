@@ -121,15 +121,18 @@ def rank_mean(
         group: the processes; None means all, or this one alone where there is no process group.
     """
     distributed, size = torch.distributed, processes(group)
-    known = [value for value in values if isinstance(value, float)]
-    if size == 1 and len(known) == len(values):
-        return known
-    together = torch.stack(
-        [
-            value.to(like.device) if isinstance(value, Tensor) else like.new_tensor(value)
-            for value in values
-        ]
-    )
+    numbers = [value for value in values if isinstance(value, float)]
+    if len(numbers) == len(values):
+        if size == 1:
+            return numbers
+        together = like.new_tensor(numbers)
+    else:
+        together = torch.stack(
+            [
+                value.to(like.device) if isinstance(value, Tensor) else like.new_tensor(value)
+                for value in values
+            ]
+        )
     if size > 1:
         together = together.double()
         distributed.all_reduce(together, group=group)
