@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quadstep.lab.records import Epoch, Record
-from quadstep.lab.settings import FAMILIES, HAND_TUNED, TASKS, DataName, Precision
+from quadstep.lab.settings import FAMILIES, HAND_TUNED, SCHEDULED, TASKS, DataName, Precision
 
 _MODELS = {
     "logistic": "Logistic regression",
@@ -169,6 +169,8 @@ def display(optimizer: str) -> str:
     if optimizer in HAND_TUNED:
         competitor = HAND_TUNED[optimizer]
         return f"{FAMILIES.get(competitor.family, 'AdamW')} {competitor.rate}"
+    if optimizer in SCHEDULED:
+        return f"AdamW, cosine {SCHEDULED[optimizer].rate}"
     return optimizer
 
 

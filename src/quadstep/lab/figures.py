@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from quadstep.lab.curves import FIGURES, Array, Curve, best, describe, display, gather, title
 from quadstep.lab.records import Record
-from quadstep.lab.settings import FAMILIES, HAND_TUNED, RATES
+from quadstep.lab.settings import FAMILIES, HAND_TUNED, RATES, SCHEDULED
 from quadstep.lab.suite import Outcome, Score
 
 
@@ -130,6 +130,7 @@ def summarise(records: Sequence[Record], task: str, path: Path) -> Path:
 
 _ROLES: dict[str, Any] = {
     "hand-tuned": {"marker": "o", "color": "#999999", "markersize": 5, "alpha": 0.7},
+    "scheduled": {"marker": "o", "color": "#009E73", "markersize": 5, "fillstyle": "none"},
     "peers": {"marker": "^", "color": "#56B4E9", "markersize": 6},
     "lqa": {"marker": "s", "color": "#0072B2", "markersize": 7},
     "lqa-auto-decay": {"marker": "D", "color": "#D55E00", "markersize": 7, "fillstyle": "none"},
@@ -185,6 +186,8 @@ def _plot_ratios(
 def _role(optimizer: str) -> str:
     if optimizer in HAND_TUNED:
         return "hand-tuned"
+    if optimizer in SCHEDULED:
+        return "scheduled"
     return optimizer if optimizer in _ROLES else "peers"
 
 

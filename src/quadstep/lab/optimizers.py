@@ -1,5 +1,6 @@
 """The optimizers of the comparisons: competitors, the configurations of LQA, and peers."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -10,7 +11,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from quadstep import LQA
 from quadstep.lab import peers
 from quadstep.lab.peers import Loss, Peer
-from quadstep.lab.settings import HAND_TUNED, PEERS, check_optimizer
+from quadstep.lab.settings import HAND_TUNED, PEERS, SCHEDULED, WARM_UP, check_optimizer
 
 # What the paper leaves open is torch's default.
 _FAMILIES: dict[str, Callable[..., Optimizer]] = {
@@ -24,7 +25,10 @@ _FAMILIES: dict[str, Callable[..., Optimizer]] = {
 }
 
 BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
-    **{name: partial(_FAMILIES[row.family], lr=row.rate) for name, row in HAND_TUNED.items()},
+    **{
+        name: partial(_FAMILIES[row.family], lr=row.rate)
+        for name, row in (HAND_TUNED | SCHEDULED).items()
+    },
     "lqa-paper": LQA.paper,
     "lqa": partial(LQA, direction="sgd", averaging=None),
     "lqa-auto": LQA,
@@ -42,3 +46,19 @@ def build(name: str, model: nn.Module, loss: Loss = functional.cross_entropy) ->
     if name in PEERS:
         return peers.build(name, model, loss)
     return BUILDERS[name](model.parameters())
+
+
+def schedule(name: str, optimizer: Optimizer | Peer, progress: float) -> None:
+    """Sets the rate of a scheduled setting: a linear warm-up, then half a cosine down to zero.
+
+    Args:
+        name: Of the setting; nothing is done for one without a schedule.
+        optimizer: What `build` made of it.
+        progress: Where the step is in the run, from 0 to 1.
+    """
+    if name not in SCHEDULED:
+        return
+    fallen = max(0.0, progress - WARM_UP) / (1.0 - WARM_UP)
+    share = min(progress / WARM_UP, 1.0) * 0.5 * (1.0 + math.cos(math.pi * fallen))
+    for group in optimizer.param_groups:
+        group["lr"] = share * SCHEDULED[name].rate

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast, get_args
 
-from quadstep.lab.settings import PEERS, Precision, check_name
+from quadstep.lab.settings import PEERS, SCHEDULED, Precision, check_name
 
 FORMAT = 1
 
@@ -68,6 +68,15 @@ class Config:
         name = self.task if self.subset is None else f"{self.task}-subset{self.subset}"
         return name if self.precision == "float32" else f"{name}-{self.precision}"
 
+    def extends(self, other: "Config") -> bool:
+        """Whether a run goes on from another: it has but a number of epochs of its own.
+
+        Where a schedule is stretched over the run, that number makes it another run.
+        """
+        return self == (
+            other if self.optimizer in SCHEDULED else replace(other, epochs=self.epochs)
+        )
+
     def path(self, root: Path) -> Path:
         """Where the record of this run lies in the folder of records `root`."""
         return root / self.folder / f"{self.optimizer}-seed{self.seed}.jsonl"
@@ -115,6 +124,8 @@ class Record:
 
         A longer run serves for a shorter one, and a diverged run would not go on.
         """
+        if not replace(self.config, epochs=epochs).extends(self.config):
+            return False
         return self.status == "diverged" or (
             self.status == "finished" and self.config.epochs >= epochs
         )

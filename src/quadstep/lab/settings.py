@@ -151,7 +151,7 @@ SUITE = {name: task.suite for name, task in TASKS.items() if task.suite is not N
 
 @dataclass(frozen=True)
 class Competitor:
-    """An optimizer of the paper's comparison at one of its learning rates."""
+    """An optimizer of the comparisons at one of its learning rates."""
 
     family: str
     rate: float
@@ -177,6 +177,14 @@ HAND_TUNED = COMPETITORS | {
     f"adamw-{rate}": Competitor("adamw", rate) for rate in (0.1, 0.01, 0.003, 0.001, 0.0003)
 }
 """What the suite takes the best of on each task: the competitors, and AdamW at five rates."""
+
+SCHEDULED = {
+    f"adamw-cosine-{rate}": Competitor("adamw", rate) for rate in (0.03, 0.01, 0.003, 0.001, 0.0003)
+}
+"""What the suite shows beside them: AdamW with a schedule, which has to know how long a run is."""
+
+WARM_UP = 0.05
+"""The share of a run in which a scheduled rate rises from zero, before it falls back to it."""
 
 PEERS = {
     "schedulefree-adamw": "schedulefree",
@@ -208,7 +216,7 @@ def settings() -> tuple[str, ...]:
 
 def suite_settings() -> tuple[str, ...]:
     """Names every optimizer setting of the suite, those of LQA first."""
-    return ("lqa-auto", *VARIANTS, *HAND_TUNED, *PEERS)
+    return ("lqa-auto", *VARIANTS, *HAND_TUNED, *SCHEDULED, *PEERS)
 
 
 def check_task(name: str) -> None:

@@ -162,7 +162,12 @@ class Trial:
         rates: list[float] = []
         reasons: Counter[str] = Counter()
         started = time.perf_counter()
+        size, seen = len(data.train_labels), 0
         for inputs, labels in self._batches(data, self.config.seed):
+            # In the middle of the step, so that neither the first nor the last is lost.
+            passes = len(self.epochs) - 1 + (seen + len(labels) / 2) / size
+            optimizers.schedule(self.config.optimizer, self.optimizer, passes / self.config.epochs)
+            seen += len(labels)
             losses.append(self._step(inputs, labels))
             rates.append(self.optimizer.param_groups[0].get("lr", math.nan))
             if isinstance(self.optimizer, LQA):
@@ -268,7 +273,7 @@ class Trial:
         """Takes up the state that was written to `path`."""
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         before = Config(**state["header"]["config"])
-        if replace(before, epochs=self.config.epochs) != self.config:
+        if not self.config.extends(before):
             raise ValueError(f"it belongs to {before}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
