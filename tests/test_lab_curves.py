@@ -103,8 +103,11 @@ def test_words():
         "the whole training set in bfloat16, 1 epoch"
     )
     assert curves.title(TASK) == "Multilayer perceptron on MNIST"
-    assert [curves.display(name) for name in ("sgd-nag-0.01", "sgd-m", "lqa-auto")] == [
+    names = ("sgd-nag-0.01", "sgd-m", "adamw-0.001", "adamw-cosine-0.001", "lqa-auto")
+    assert [curves.display(name) for name in names] == [
         "SGD-NAG 0.01",
         "SGD-M",
+        "AdamW 0.001",
+        "AdamW, cosine 0.001",
         "lqa-auto",
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.optim import SGD, Adagrad, Adam, RMSprop
+from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from quadstep import LQA
 from quadstep.lab import data, models, optimizers
@@ -14,10 +14,12 @@ from quadstep.lab.settings import (
     COMPETITORS,
     FAMILIES,
     HAND_TUNED,
+    SCHEDULED,
     SHAPES,
     SUITE,
     TASKS,
     VARIANTS,
+    WARM_UP,
     settings,
 )
 from quadstep.lab.train import LOSSES
@@ -166,7 +168,7 @@ def test_there_are_18_competitors_and_3_configurations() -> None:
     assert {row.family for row in COMPETITORS.values()} == set(FAMILIES)
     assert COMPETITORS["sgd-nag-0.001"].rate == 0.001
     assert settings()[-3:] == ("lqa-paper", "lqa", "lqa-auto")
-    assert set(optimizers.BUILDERS) == {*settings(), *VARIANTS, *HAND_TUNED}
+    assert set(optimizers.BUILDERS) == {*settings(), *VARIANTS, *HAND_TUNED, *SCHEDULED}
 
 
 @pytest.mark.parametrize("name", settings())
@@ -181,6 +183,29 @@ def test_settings_are_what_their_names_say(name: str) -> None:
         assert group.get("nesterov", False) == (row.family == "sgd-nag")
     else:
         assert type(optimizer) is LQA
+
+
+@pytest.mark.parametrize(
+    ("progress", "share"),
+    [
+        pytest.param(0.0, 0.0, id="start"),
+        pytest.param(WARM_UP / 4, 0.25, id="warm-up"),
+        pytest.param(WARM_UP, 1.0, id="highest"),
+        pytest.param(WARM_UP + (1 - WARM_UP) / 3, 0.75, id="a third of the fall"),
+        pytest.param(1.0, 0.0, id="end"),
+    ],
+)
+def test_a_schedule_warms_up_and_falls(progress: float, share: float) -> None:
+    optimizer = optimizers.build("adamw-cosine-0.01", models.build("mlp-digits"))
+    assert isinstance(optimizer, AdamW)
+    optimizers.schedule("adamw-cosine-0.01", optimizer, progress)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * share)
+
+
+def test_a_setting_without_a_schedule_keeps_its_rate() -> None:
+    optimizer = optimizers.build("adamw-0.01", models.build("mlp-digits"))
+    optimizers.schedule("adamw-0.01", optimizer, 0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.01
 
 
 def test_an_unknown_optimizer_is_refused_with_the_known_ones() -> None:

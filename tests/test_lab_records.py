@@ -175,6 +175,13 @@ def test_what_a_record_satisfies(status: Any, epochs: int, satisfied: bool) -> N
     assert record(status=status).satisfies(epochs) == satisfied
 
 
+@pytest.mark.parametrize("status", ["finished", "diverged"])
+def test_a_record_with_a_schedule_satisfies_no_other_length(status: Any) -> None:
+    made = record(status=status)
+    made = replace(made, config=replace(made.config, optimizer="adamw-cosine-0.01"))
+    assert [made.satisfies(epochs) for epochs in (1, 2, 3)] == [False, True, False]
+
+
 def full(_: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

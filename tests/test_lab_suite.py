@@ -275,6 +275,50 @@ def test_the_report(tmp_path: Path) -> None:
     assert (report.read_bytes(), values.read_bytes()) == before
 
 
+def test_settings_with_a_schedule_stand_apart(tmp_path: Path) -> None:
+    runs = [
+        ended(TASK, SUBJECT, [1.0, 0.2], test=0.4),
+        ended(TASK, "sgd-0.1", [1.0, 0.3], test=0.3),
+        ended(TASK, "adamw-cosine-0.01", [1.0, 0.1], test=0.8),
+        ended(TASK, "adamw-cosine-0.001", [1.0, 0.4], test=0.5),
+    ]
+    (outcome,) = judge(runs)
+    assert (outcome.best, outcome.best_held_out) == ("sgd-0.1", "sgd-0.1")
+    report, _ = write([outcome], tmp_path)
+    text = report.read_text()
+    assert rows(text, "## With a schedule")[TASK] == [
+        *("AdamW, cosine 0.01", "0.1", "2", "AdamW, cosine 0.001", "0.5", "0.8", "50.0% (50.0%)")
+    ]
+    assert "at or below the best of them on 0% of 1 tasks, at worst 2; held out, on 100%" in text
+    write(judge(runs[:2]), tmp_path)
+    assert "No setting with a schedule is recorded." in report.read_text()
+
+
+def test_a_longer_run_with_a_schedule_is_another_one() -> None:
+    mine, tuned = ended(TASK, SUBJECT, [1.0, 0.3]), ended(TASK, "sgd-0.1", [1.0, 0.2])
+    cosine = ended(TASK, "adamw-cosine-0.01", [1.0, 0.1])
+    longer = replace(cosine, config=replace(cosine.config, epochs=cosine.config.epochs + 1))
+    assert "adamw-cosine-0.01" in judge([mine, tuned, cosine])[0].scores
+    assert "adamw-cosine-0.01" not in judge([mine, tuned, longer])[0].scores
+
+
+def test_one_setting_for_all_tasks(tmp_path: Path) -> None:
+    ends = {SUBJECT: (0.1, 0.4), "sgd-0.1": (0.2, 0.2), "adam-0.01": (0.4, 1e9)}
+    runs = [
+        ended(task, name, [1.0, end], test=2 * end)
+        for name, both in ends.items()
+        for task, end in zip((TASK, "mlp-digits"), both, strict=True)
+    ]
+    report, _ = write(judge([*runs, ended(TASK, "momo", [1.0, 0.1])]), tmp_path)
+    table = rows(report.read_text(), "## One setting for all tasks")
+    # Both ratios of adam-0.01 to the best are 2 and more than a hundred, which counts as that.
+    assert table == {
+        SUBJECT: ["1", "1", "1", "1"],
+        "SGD 0.1": ["1", "1", "2", "2"],
+        "Adam 0.01": [f"{200**0.5:.3g}", f"{200**0.5:.3g}", "0", "0"],
+    }
+
+
 def test_the_picture(tmp_path: Path) -> None:
     outcomes = judge(
         [

@@ -30,7 +30,7 @@ STEPS = 2
 
 WORKERS = 2
 
-CONFIGURATIONS = ("sgd-0.1", "adam-0.01", "lqa-paper", "lqa", "lqa-auto")
+CONFIGURATIONS = ("sgd-0.1", "adam-0.01", "adamw-cosine-0.01", "lqa-paper", "lqa", "lqa-auto")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -196,6 +196,30 @@ def test_a_finished_run_stays_until_a_longer_one_has_finished(tmp_path: Path) ->
     assert rows(again) == rows(run(longer, out=tmp_path / "fresh"))
     assert records.read(path) == again
     assert again.config.epochs == 6
+
+
+def test_a_schedule_is_stretched_over_the_run(tmp_path: Path) -> None:
+    config = replace(CONFIG, optimizer="adamw-cosine-0.01")
+    rates = [row.rate for row in run(config, out=tmp_path).epochs[1:] if row.rate is not None]
+    # By examples in the middle of each step, of which an epoch has one of 64 and one of 36.
+    middles = [(epoch + seen) / 3 for epoch in range(3) for seen in (0.32, 0.82)]
+    shares = [0.5 + 0.5 * math.cos(math.pi * (middle - 0.05) / 0.95) for middle in middles]
+    assert [rate[end] for rate in rates for end in ("max", "min")] == pytest.approx(
+        [0.01 * share for share in shares]
+    )
+
+
+def test_a_run_with_a_schedule_serves_and_goes_on_for_its_own_length_alone(tmp_path: Path) -> None:
+    config = replace(CONFIG, optimizer="adamw-cosine-0.01")
+    shorter = replace(config, epochs=2)
+    run(config, out=tmp_path)
+    record = run(shorter, out=tmp_path)
+    assert rows(record) == rows(run(shorter, out=tmp_path / "fresh"))
+    with pytest.raises(Stop):
+        run(replace(config, epochs=6), out=tmp_path, on_epoch=partial(stop, 1))
+    with pytest.warns(UserWarning, match=r"cosine-0\.01-seed0\.ckpt is of no use, .* starts anew"):
+        again = run(config, out=tmp_path)
+    assert rows(again) == rows(run(config, out=tmp_path / "fresh"))
 
 
 def test_a_run_stopped_beyond_the_epochs_asked_for_ends_where_it_is(tmp_path: Path) -> None:

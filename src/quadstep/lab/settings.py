@@ -179,7 +179,8 @@ HAND_TUNED = COMPETITORS | {
 """What the suite takes the best of on each task: the competitors, and AdamW at five rates."""
 
 SCHEDULED = {
-    f"adamw-cosine-{rate}": Competitor("adamw", rate) for rate in (0.03, 0.01, 0.003, 0.001, 0.0003)
+    f"adamw-cosine-{rate}": Competitor("adamw", rate)
+    for rate in (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 }
 """What the suite shows beside them: AdamW with a schedule, which has to know how long a run is."""
 

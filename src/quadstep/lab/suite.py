@@ -28,10 +28,12 @@ from quadstep.lab.settings import (
     CLASSES,
     HAND_TUNED,
     PEERS,
+    SCHEDULED,
     STRESS,
     SUITE,
     TASKS,
     VARIANTS,
+    WARM_UP,
     check_name,
     suite_settings,
 )
@@ -50,6 +52,9 @@ WORST = 1.05
 
 FASTER = 0.5
 """The share of its steps within which to reach what the best hand-tuned run ends at."""
+
+CAP = 100.0
+"""What a ratio and its inverse count as at most in a mean over the tasks, so that none decides."""
 
 STALLED = 0.9
 """A run has stalled that has not got below this share of its first loss, or of the loss of guessing
@@ -404,7 +409,14 @@ def write(outcomes: Sequence[Outcome], out: Path) -> list[Path]:
     report, values = out / "SUITE.md", out / "suite.json"
     with replacing(report) as file:
         file.write(_report(outcomes).encode())
-    rules = {"floor": FLOOR, "most": MOST, "worst": WORST, "faster": FASTER, "stalled": STALLED}
+    rules = {
+        "floor": FLOOR,
+        "most": MOST,
+        "worst": WORST,
+        "faster": FASTER,
+        "cap": CAP,
+        "stalled": STALLED,
+    }
     rows = {
         "rules": rules,
         "goals": [asdict(goal) for goal in goals(outcomes)],
@@ -455,7 +467,9 @@ def _report(outcomes: Sequence[Outcome]) -> str:
             ["task", "best hand-tuned", "its loss", SUBJECT, "ratio", *VARIANTS, "accuracy"],
             [_held_out_row(outcome) for outcome in outcomes],
         ),
+        *_scheduled_lines(outcomes),
         *_peer_lines(outcomes),
+        *_untuned_lines(outcomes),
         "",
         "## The tasks",
         "",
@@ -487,7 +501,60 @@ def _held_out_row(outcome: Outcome) -> list[str]:
         _loss(outcome.scores[outcome.best_held_out].test_loss),
         _loss(outcome.score.test_loss),
         *_ratios(outcome, [SUBJECT, *VARIANTS], lambda score: score.test_ratio),
-        _accuracy(outcome),
+        _accuracy(outcome, HAND_TUNED),
+    ]
+
+
+def _scheduled_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    rows: list[list[str]] = []
+    train: list[float] = []
+    held_out: list[float] = []
+    for outcome in outcomes:
+        scores = {name: outcome.scores[name] for name in SCHEDULED if name in outcome.scores}
+        if not scores:
+            continue
+        best = min(scores, key=lambda name: scores[name].train_loss)
+        best_held_out = min(scores, key=lambda name: scores[name].test_loss)
+        train.append(ratio(outcome.score.train_loss, scores[best].train_loss))
+        held_out.append(ratio(outcome.score.test_loss, scores[best_held_out].test_loss))
+        rows.append(
+            [
+                outcome.task,
+                display(best),
+                _loss(scores[best].train_loss),
+                _times(train[-1]),
+                display(best_held_out),
+                _loss(scores[best_held_out].test_loss),
+                _times(held_out[-1]),
+                _accuracy(outcome, scores),
+            ]
+        )
+    if not rows:
+        return ["", "No setting with a schedule is recorded."]
+    return [
+        "",
+        "## With a schedule",
+        "",
+        f"AdamW with a linear warm-up over {WARM_UP:.0%} of the run and then half a cosine down to "
+        f"zero, the best of {len(SCHEDULED)} highest rates; unlike `{SUBJECT}` it has to know "
+        "beforehand how long the run is. No goal is set here.",
+        "",
+        *markdown_table(
+            [
+                "task",
+                "best for training",
+                "its loss",
+                "ratio",
+                "best for held-out",
+                "its loss",
+                "ratio",
+                "accuracy",
+            ],
+            rows,
+        ),
+        "",
+        f"In training `{SUBJECT}` is at or below the best of them on {_level(train)[1]}; held out, "
+        f"on {_level(held_out)[1]}.",
     ]
 
 
@@ -511,6 +578,46 @@ def _peer_lines(outcomes: Sequence[Outcome]) -> list[str]:
             ["task", SUBJECT, *shares], [*rows, [f"{SUBJECT} level or ahead", "", *total]]
         ),
     ]
+
+
+def _untuned_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    """Compares what every setting does that is recorded on all of the tasks."""
+    means = {
+        name: (
+            _mean([outcome.scores[name].train_ratio for outcome in outcomes]),
+            _mean([outcome.scores[name].test_ratio for outcome in outcomes]),
+        )
+        for name in suite_settings()
+        if outcomes and all(name in outcome.scores for outcome in outcomes)
+    }
+    if not means:
+        return []
+    rows = [
+        [display(name), *map(_times, means[name]), *_won(outcomes, name)]
+        for name in sorted(means, key=means.__getitem__)
+    ]
+    return [
+        "",
+        "## One setting for all tasks",
+        "",
+        "What a user gets who tunes nothing: final losses as multiples of those of the best "
+        f"hand-tuned optimizer, which is another one on each task, as geometric means over "
+        f"{len(outcomes)} tasks (a ratio and its inverse count as {CAP:g} at most), and on how "
+        "many tasks they are at or below it.",
+        "",
+        *markdown_table(
+            ["setting", "training", "held-out", "tasks, training", "tasks, held-out"], rows
+        ),
+    ]
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(np.clip(ratios, 1.0 / CAP, CAP)))))
+
+
+def _won(outcomes: Sequence[Outcome], name: str) -> Iterator[str]:
+    yield str(sum(outcome.scores[name].train_ratio <= 1.0 for outcome in outcomes))
+    yield str(sum(outcome.scores[name].test_ratio <= 1.0 for outcome in outcomes))
 
 
 def _ratios(
@@ -551,11 +658,11 @@ def _steps(outcome: Outcome) -> str:
     return f"{_share(outcome.reached)} of {outcome.steps:,}"
 
 
-def _accuracy(outcome: Outcome) -> str:
+def _accuracy(outcome: Outcome, others: Iterable[str]) -> str:
     if math.isnan(outcome.score.test_accuracy):
         return ""
-    tuned = [outcome.scores[name].test_accuracy for name in HAND_TUNED if name in outcome.scores]
-    return f"{outcome.score.test_accuracy:.1%} ({np.nanmax(tuned):.1%})"
+    known = [outcome.scores[name].test_accuracy for name in others if name in outcome.scores]
+    return f"{outcome.score.test_accuracy:.1%} ({np.nanmax(known):.1%})"
 
 
 def _loss(value: float) -> str:
@@ -584,7 +691,8 @@ _READING = f"""
 - *steps*: after which share of its steps `{SUBJECT}` has come down to where the best hand-tuned run
   ends, between epochs on the logarithm of the loss. A task on which it is not reached makes goal b
   fail.
-- *accuracy*: of `{SUBJECT}` on the held-out set, beside the highest of any hand-tuned optimizer.
+- *accuracy*: of `{SUBJECT}` on the held-out set, beside the highest of any hand-tuned optimizer,
+  or of any with a schedule.
 - *seconds*: training alone, beside that of the best hand-tuned optimizer; runs that share a
   machine slow each other down.
 - *stalled*: a stress run that ends above {STALLED:g} times its first loss, or above {STALLED:g}
