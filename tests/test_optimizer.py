@@ -4,6 +4,7 @@ import math
 import pickle
 import warnings
 
+import numpy
 import pytest
 import torch
 from configurations import CONFIGURATIONS
@@ -26,6 +27,7 @@ from torch.nn import functional
 
 from quadstep import LQA, Reason
 from quadstep.averaging import ScheduleFree
+from quadstep.optimizer import PATH
 
 BASES = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.05),
@@ -178,6 +180,17 @@ class TestTheRate:
         rates = [group["lr"] for group in opt.param_groups]
         assert rates[0] == opt.report.rate != 1e-4
         assert rates[1] == pytest.approx(0.1 * rates[0])
+
+    @pytest.mark.parametrize("every", [4.0, numpy.int64(4), 10**30])
+    def test_any_whole_number_says_how_often_to_measure(self, every):
+        task = classification()
+        opt = LQA(task.model.parameters(), every=every)
+        for step in range(100):
+            opt.step(task.closure(step))
+        held = opt.report.counts[Reason.HELD]
+        assert held > 40
+        # What is kept between two measurements does not grow with the time between them.
+        assert len(opt.state_dict()["param_groups"][0]["lqa"]["path"]) == min(every, PATH)
 
     def test_reports_what_was_measured(self):
         task = classification()
@@ -686,10 +699,13 @@ class TestErrors:
                 ValueError,
                 "averaging must be \"schedule-free\" or None, got 'ema'",
             ),
-            (
-                lambda p: LQA(p, every=0),
-                ValueError,
-                "every must be a whole number of steps, at least 1, got 0",
+            *(
+                (
+                    lambda p, every=every: LQA(p, every=every),
+                    ValueError,
+                    f"every must be a whole number of steps, at least 1, got {every!r}",
+                )
+                for every in (0, 1.5, math.inf, math.nan, "3")
             ),
             (
                 lambda p: LQA(p, delta0=-1.0),

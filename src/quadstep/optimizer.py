@@ -14,6 +14,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -63,6 +64,9 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _deaf_to_n
 
 AUDIT = 100
 """Of so many measurements one evaluates the loss twice at the same parameters."""
+
+PATH = 100
+"""Of the losses between two measurements so many are kept, the last."""
 
 _SPENT = "_quadstep_spent"
 """The attribute of a gradient that keeps the version at which a step has used it."""
@@ -149,8 +153,8 @@ class LQA(Optimizer):
             raise ValueError(f'averaging must be "schedule-free" or None, got {averaging!r}')
         greedy = base is None and direction != "sgd"
         averaged = averaging == "schedule-free" or (averaging == "auto" and greedy)
-        if every is not None and (every != int(every) or every < 1):
-            raise ValueError(f"every must be a whole number of steps, at least 1, got {every!r}")
+        if every is not None:
+            _check_every(every)
         if delta0 is None:
             delta0 = 1e-4 if greedy else 0.1
         _check_delta0(delta0)
@@ -163,7 +167,7 @@ class LQA(Optimizer):
         else:
             self._direction = NormalisedGradient() if greedy else Gradient()
         self._averaging = ScheduleFree() if averaged else None
-        self._every = every or (10 if averaged else 1)
+        self._every = int(every or (10 if averaged else 1))
         # Averaged iterates bear a greedy rate; without averaging the loss itself must vouch for it.
         ledger = Ledger if base is None else WaryLedger
         self._search: Safeguarded | Exact = (
@@ -173,7 +177,8 @@ class LQA(Optimizer):
         )
         self._process_group = process_group
         # The losses since the last measurement, that one's first, for what is noise in them.
-        self._path: deque[Tensor | float] = deque(maxlen=self._every if averaged else 0)
+        length = min(self._every, PATH) if averaged else 0
+        self._path: deque[Tensor | float] = deque(maxlen=length)
         self._wait = 0
         self._moves = 0
         self._training = True
@@ -723,6 +728,12 @@ def _check_base(
             f"weight_decay is the wrapped optimizer's own, got weight_decay={weight_decay!r}; "
             f"set it there: {type(base).__name__}(params, weight_decay={weight_decay!r})"
         )
+
+
+def _check_every(value: Any) -> None:
+    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
+    if not (whole and int(value) >= 1):
+        raise ValueError(f"every must be a whole number of steps, at least 1, got {value!r}")
 
 
 def _check_delta0(value: Any) -> None:

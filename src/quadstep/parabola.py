@@ -51,7 +51,7 @@ class Points:
         centre: loss at `theta`.
         plus: loss at `theta + radius * d`.
         resolution: relative rounding error of one loss, the epsilon of its dtype.
-        path: the losses of the steps before, back to the last measurement.
+        path: the losses of the steps before, at most back to the last measurement.
     """
 
     radius: float
