@@ -324,6 +324,37 @@ class TestWrapping:
             scheduler.step()
         assert opt.rate > 0.0
 
+    @pytest.mark.parametrize("wrap", [LQA, lambda params: LQA(torch.optim.AdamW(params))])
+    def test_a_scheduler_that_leaves_no_measured_rate_in_force_is_told_once(self, wrap):
+        task = classification()
+        opt = wrap(task.model.parameters())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
+
+        def train():
+            for step in range(40):
+                opt.step(task.closure(step))
+                scheduler.step()
+
+        message = (
+            "the lr of the param groups was changed after each of the last 10 steps, so no "
+            "measured rate stays in force; leave the learning-rate scheduler out, LQA sets the "
+            "rate itself"
+        )
+        with pytest.warns(UserWarning, match=f"^{message}$") as caught:
+            train()
+        (warning,) = caught
+        assert warning.filename == __file__
+
+    def test_a_rate_that_is_set_now_and_then_is_nobodys_scheduler(self, configuration):
+        task = classification()
+        opt = configuration(task.model.parameters())
+        kept = torch.optim.lr_scheduler.MultiplicativeLR(opt, lambda step: 1.0)
+        for step in range(60):
+            opt.step(task.closure(step))
+            kept.step()
+            if step % 11 > 1:
+                opt.param_groups[0]["lr"] *= 0.99
+
     def test_averages_along_another_optimizer(self):
         task = classification()
         opt = LQA(torch.optim.SGD(task.model.parameters(), lr=0.01), averaging="schedule-free")
@@ -779,6 +810,11 @@ class TestErrors:
         with pytest.raises(error) as caught:
             make(list(classification().model.parameters()))
         assert str(caught.value) == message
+
+    def test_step_without_a_closure(self, configuration):
+        opt = configuration(classification().model.parameters())
+        with pytest.raises(TypeError, match=r"^step\(\) needs a closure .*, got NoneType; call it"):
+            opt.step()
 
     @pytest.mark.parametrize(
         ("closure", "error", "message"),

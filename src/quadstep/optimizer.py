@@ -65,6 +65,9 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _deaf_to_n
 AUDIT = 100
 """Of so many measurements one evaluates the loss twice at the same parameters."""
 
+MEDDLED = 10
+"""After so many steps in a row with a rate that no step has left, a scheduler is suspected."""
+
 PATH = 100
 """Of the losses between two measurements so many are kept, the last."""
 
@@ -181,6 +184,8 @@ class LQA(Optimizer):
         self._path: deque[Tensor | float] = deque(maxlen=length)
         self._wait = 0
         self._moves = 0
+        self._left = math.nan
+        self._meddled = 0
         self._training = True
         self._closure_runs_backward = False
         self._audits = True
@@ -241,7 +246,7 @@ class LQA(Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Closure, *, loss: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Closure | None = None, *, loss: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Takes one step; without any gradient only a wrapped optimizer moves anything.
 
         Args:
@@ -263,8 +268,9 @@ class LQA(Optimizer):
         self._share()
         if self._only_asks_for_state(closure):
             return self._make_state()
-        self._check_call(closure, loss)
+        closure = self._check_call(closure, loss)
         rate, due, line = self.rate, self._wait == 0, None
+        self._suspect_scheduler(rate)
         own, probes = int(loss is None), 0
         before = self._surroundings.capture(self._devices() if due else None)
         try:
@@ -436,7 +442,7 @@ class LQA(Optimizer):
                 state["step"] *= 0
         return torch.zeros(())
 
-    def _check_call(self, closure: Any, loss: Any) -> None:
+    def _check_call(self, closure: Closure | None, loss: Any) -> Closure:
         if not callable(closure):
             raise TypeError(
                 f"step() needs a closure that returns the loss, got {type(closure).__name__}; "
@@ -448,6 +454,20 @@ class LQA(Optimizer):
             raise RuntimeError(
                 "step() was called while the parameters hold the averaged weights; "
                 "call opt.train() first"
+            )
+        return closure
+
+    def _suspect_scheduler(self, rate: float) -> None:
+        """Warns once of rates set from outside after each step, which leave none as measured."""
+        self._meddled = self._meddled + 1 if rate != self._left else 0
+        # Once more than where the first step of a fresh or loaded optimizer finds its rate.
+        if self._meddled == MEDDLED + 1:
+            warnings.warn(
+                f"the lr of the param groups was changed after each of the last {MEDDLED} steps, "
+                "so no measured rate stays in force; leave the learning-rate scheduler out, LQA "
+                "sets the rate itself",
+                # A scheduler wraps `step` once more.
+                stacklevel=6,
             )
 
     def _gradient_pass(self, closure: Closure, loss: Tensor | None, before: Moment) -> Tensor:
@@ -661,6 +681,7 @@ class LQA(Optimizer):
             self._path.append(_reading(loss))
         self._counts[decision.reason] += 1
         self._last = (loss, decision.reason, own + probes, backwards)
+        self._left = self.rate
         return loss
 
 
@@ -673,6 +694,8 @@ _PICKLED = frozenset(
         "_direction",
         "_every",
         "_last",
+        "_left",
+        "_meddled",
         "_moves",
         "_path",
         "_process_group",
