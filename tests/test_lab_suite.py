@@ -160,6 +160,27 @@ def test_steps_are_counted_to_where_the_best_run_ends(
     assert outcome.reached == pytest.approx(epochs / TASKS[TASK].epochs)
 
 
+def test_held_out_losses_are_compared_at_equal_training_losses(tmp_path: Path) -> None:
+    mine = ended(TASK, SUBJECT, [1.0, 0.4, 0.2, 0.1])
+    held_out = [1.0, 0.5, 0.3, *[0.9] * (len(mine.epochs) - 3)]
+    mine = replace(
+        mine,
+        epochs=tuple(
+            replace(row, test_loss=loss) for row, loss in zip(mine.epochs, held_out, strict=True)
+        ),
+    )
+    tuned = ended(TASK, "sgd-0.1", [1.0, 0.3], test=0.6)
+    early = ended(TASK, "adam-0.001", [1.0, 0.8], test=0.4)
+    (outcome,) = judge([mine, tuned, early])
+    assert outcome.score.test_ratio == pytest.approx(0.9 / 0.4)
+    assert outcome.abreast == pytest.approx(0.3 / 0.6)
+    report, _ = write([outcome], tmp_path)
+    assert rows(report.read_text(), "## Held-out loss")[TASK][-2] == "0.5"
+    assert "its held-out loss is 0.5 times the one of that run" in report.read_text()
+    (outcome,) = judge([mine, ended(TASK, "sgd-0.1", [1.0, 0.05])])
+    assert outcome.abreast == math.inf
+
+
 def test_only_runs_of_the_suite_that_have_ended_count() -> None:
     mine, tuned = ended(TASK, SUBJECT, [1.0, 0.3]), ended(TASK, "sgd-0.1", [1.0, 0.2])
     assert judge([mine]) == judge([tuned]) == []
@@ -313,10 +334,25 @@ def test_one_setting_for_all_tasks(tmp_path: Path) -> None:
     table = rows(report.read_text(), "## One setting for all tasks")
     # Both ratios of adam-0.01 to the best are 2 and more than a hundred, which counts as that.
     assert table == {
-        SUBJECT: ["1", "1", "1", "1"],
-        "SGD 0.1": ["1", "1", "2", "2"],
-        "Adam 0.01": [f"{200**0.5:.3g}", f"{200**0.5:.3g}", "0", "0"],
+        SUBJECT: ["1", "1", "1", "1", "1", "1"],
+        "SGD 0.1": ["1", "1", "1", "2", "2", "2"],
+        "Adam 0.01": [*[f"{200**0.5:.3g}"] * 3, "0", "0", "0"],
     }
+
+
+def test_the_epoch_to_keep_is_that_of_the_lowest_held_out_loss() -> None:
+    mine = ended(TASK, SUBJECT, [1.0, 0.4])
+    held_out = [0.1, 0.5, 0.3, *[0.9] * (len(mine.epochs) - 3)]
+    mine = replace(
+        mine,
+        epochs=tuple(
+            replace(row, test_loss=loss) for row, loss in zip(mine.epochs, held_out, strict=True)
+        ),
+    )
+    (outcome,) = judge([mine, ended(TASK, "sgd-0.1", [1.0, 0.6]), ended(TASK, "dog", [1.0, 0.7])])
+    # Before the first epoch nothing has been trained.
+    assert outcome.score.kept_ratio == pytest.approx(0.3 / 0.6)
+    assert outcome.scores["dog"].kept_ratio == pytest.approx(0.7 / 0.6)
 
 
 def test_the_picture(tmp_path: Path) -> None:

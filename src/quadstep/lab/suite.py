@@ -113,6 +113,7 @@ class Score:
         test_accuracy: The same of the held-out accuracy; nan if nothing is classified.
         train_ratio: The training loss over that of the hand-tuned optimizer with the lowest one.
         test_ratio: The held-out loss over that of the hand-tuned optimizer with the lowest one.
+        kept_ratio: The same of the held-out losses after the epochs where these are lowest.
         seconds: The median time that training took.
         seeds: How many runs there are.
         diverged: How many of them have diverged.
@@ -124,6 +125,7 @@ class Score:
     test_accuracy: float
     train_ratio: float
     test_ratio: float
+    kept_ratio: float
     seconds: float
     seeds: int
     diverged: int
@@ -142,6 +144,8 @@ class Outcome:
         steps: How many steps a run takes.
         reached: After which share of the steps `SUBJECT` has come down to where the best hand-tuned
             run ends, inf if never; interpolated between epochs on the logarithm of the loss.
+        abreast: The held-out loss of `SUBJECT` after the first epoch at which it is there, over
+            that of `best` at the end; inf if never.
     """
 
     task: str
@@ -150,6 +154,7 @@ class Outcome:
     best_held_out: str
     steps: int
     reached: float
+    abreast: float
 
     @property
     def score(self) -> Score:
@@ -212,6 +217,7 @@ def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
     tuned = [name for name in HAND_TUNED if name in curves]
     train = {name: _last(curve.losses) for name, curve in curves.items()}
     test = {name: _last(curve.held_out) for name, curve in curves.items()}
+    kept = {name: _kept(curve.held_out) for name, curve in curves.items()}
     best, best_held_out = min(tuned, key=train.__getitem__), min(tuned, key=test.__getitem__)
     subject = curves[SUBJECT]
     steps = max(run.epochs[-1].backwards // (len(run.epochs) - 1) for run in subject.runs)
@@ -225,6 +231,7 @@ def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
                 test_accuracy=_at_end(curve, lambda epoch: epoch.test_accuracy),
                 train_ratio=ratio(train[name], train[best]),
                 test_ratio=ratio(test[name], test[best_held_out]),
+                kept_ratio=ratio(kept[name], min(map(kept.__getitem__, tuned))),
                 seconds=_at_end(curve, lambda epoch: epoch.seconds),
                 seeds=len(curve.runs),
                 diverged=sum(run.status == "diverged" for run in curve.runs),
@@ -236,12 +243,18 @@ def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
         best_held_out=best_held_out,
         steps=steps * epochs,
         reached=max(_reached(subject.median, train[best]) / epochs, 1 / (steps * epochs)),
+        abreast=_abreast(subject, train[best], test[best]),
     )
 
 
 def _last(losses: Array) -> float:
     """The median over the seeds at the end; what is not a number counts as infinite."""
     return float(np.median(np.nan_to_num(losses[:, -1], nan=math.inf, posinf=math.inf)))
+
+
+def _kept(losses: Array) -> float:
+    """The median over the seeds of the lowest loss after any epoch."""
+    return float(np.median(np.nan_to_num(losses[:, 1:], nan=math.inf, posinf=math.inf).min(axis=1)))
 
 
 def _at_end(curve: Curve, value: Callable[[Epoch], float]) -> float:
@@ -260,6 +273,14 @@ def _reached(losses: Array, level: float) -> float:
         return float(after)
     start, end = math.log(losses[after - 1]), math.log(losses[after])
     return after - 1 + (start - math.log(level)) / (start - end)
+
+
+def _abreast(curve: Curve, train_loss: float, test_loss: float) -> float:
+    """The held-out loss over `test_loss` where the training loss is first down to `train_loss`."""
+    reached = np.flatnonzero(curve.median <= max(train_loss, FLOOR))
+    if not len(reached):
+        return math.inf
+    return ratio(float(np.median(curve.held_out[:, reached[0]])), test_loss)
 
 
 def _stalled(run: Record) -> bool:
@@ -464,9 +485,19 @@ def _report(outcomes: Sequence[Outcome]) -> str:
         "## Held-out loss",
         "",
         *markdown_table(
-            ["task", "best hand-tuned", "its loss", SUBJECT, "ratio", *VARIANTS, "accuracy"],
+            [
+                "task",
+                "best hand-tuned",
+                "its loss",
+                SUBJECT,
+                "ratio",
+                *VARIANTS,
+                "abreast",
+                "accuracy",
+            ],
             [_held_out_row(outcome) for outcome in outcomes],
         ),
+        *_abreast_lines(outcomes),
         *_scheduled_lines(outcomes),
         *_peer_lines(outcomes),
         *_untuned_lines(outcomes),
@@ -501,7 +532,21 @@ def _held_out_row(outcome: Outcome) -> list[str]:
         _loss(outcome.scores[outcome.best_held_out].test_loss),
         _loss(outcome.score.test_loss),
         *_ratios(outcome, [SUBJECT, *VARIANTS], lambda score: score.test_ratio),
+        _times(outcome.abreast),
         _accuracy(outcome, HAND_TUNED),
+    ]
+
+
+def _abreast_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    if not outcomes:
+        return []
+    ratios = [outcome.abreast for outcome in outcomes]
+    return [
+        "",
+        f"Where the training loss of `{SUBJECT}` is first down to where the run with the lowest "
+        f"one ends, its held-out loss is {_times(_mean(ratios))} times the one of that run "
+        f"(geometric mean, a ratio and its inverse count as {CAP:g} at most), and at or below it "
+        f"on {_level(ratios)[1]}.",
     ]
 
 
@@ -586,6 +631,7 @@ def _untuned_lines(outcomes: Sequence[Outcome]) -> list[str]:
         name: (
             _mean([outcome.scores[name].train_ratio for outcome in outcomes]),
             _mean([outcome.scores[name].test_ratio for outcome in outcomes]),
+            _mean([outcome.scores[name].kept_ratio for outcome in outcomes]),
         )
         for name in suite_settings()
         if outcomes and all(name in outcome.scores for outcome in outcomes)
@@ -603,10 +649,16 @@ def _untuned_lines(outcomes: Sequence[Outcome]) -> list[str]:
         "What a user gets who tunes nothing: final losses as multiples of those of the best "
         f"hand-tuned optimizer, which is another one on each task, as geometric means over "
         f"{len(outcomes)} tasks (a ratio and its inverse count as {CAP:g} at most), and on how "
-        "many tasks they are at or below it.",
+        "many tasks they are at or below it; *kept*: the held-out loss of the epoch where it is "
+        "lowest, as one has it who validates after each and keeps the best, over the lowest such "
+        "loss of any hand-tuned optimizer.",
         "",
         *markdown_table(
-            ["setting", "training", "held-out", "tasks, training", "tasks, held-out"], rows
+            [
+                *("setting", "training", "held-out", "kept"),
+                *("tasks, training", "tasks, held-out", "tasks, kept"),
+            ],
+            rows,
         ),
     ]
 
@@ -618,6 +670,7 @@ def _mean(ratios: Sequence[float]) -> float:
 def _won(outcomes: Sequence[Outcome], name: str) -> Iterator[str]:
     yield str(sum(outcome.scores[name].train_ratio <= 1.0 for outcome in outcomes))
     yield str(sum(outcome.scores[name].test_ratio <= 1.0 for outcome in outcomes))
+    yield str(sum(outcome.scores[name].kept_ratio <= 1.0 for outcome in outcomes))
 
 
 def _ratios(
@@ -691,6 +744,9 @@ _READING = f"""
 - *steps*: after which share of its steps `{SUBJECT}` has come down to where the best hand-tuned run
   ends, between epochs on the logarithm of the loss. A task on which it is not reached makes goal b
   fail.
+- *abreast*: the held-out loss of `{SUBJECT}` after the first epoch at which its training loss is
+  at or below that of the best hand-tuned optimizer for training, over the held-out loss of that
+  one.
 - *accuracy*: of `{SUBJECT}` on the held-out set, beside the highest of any hand-tuned optimizer,
   or of any with a schedule.
 - *seconds*: training alone, beside that of the best hand-tuned optimizer; runs that share a
