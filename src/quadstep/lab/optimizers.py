@@ -31,6 +31,7 @@ BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     },
     "lqa-paper": LQA.paper,
     "lqa": partial(LQA, direction="sgd", averaging=None),
+    "lqa-adamw": lambda params: LQA(AdamW(params)),
     "lqa-auto": LQA,
     "lqa-auto-decay": partial(LQA, weight_decay=0.1),
 }

@@ -206,8 +206,8 @@ CONFIGURATIONS = ("lqa-paper", "lqa", "lqa-auto")
 BASES = {"lqa-paper": "sgd", "lqa": "sgd", "lqa-auto": "adamw"}
 """The optimizer of torch that takes steps of the same kind, and that costs are compared with."""
 
-VARIANTS = ("lqa", "lqa-auto-decay")
-"""What the suite shows beside `lqa-auto`; the second is that with ten times its weight decay."""
+VARIANTS = ("lqa", "lqa-adamw", "lqa-auto-decay")
+"""What the suite shows beside `lqa-auto`; the last is that with ten times its weight decay."""
 
 
 def settings() -> tuple[str, ...]:
