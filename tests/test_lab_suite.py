@@ -53,6 +53,13 @@ def ended(
     )
 
 
+def with_held_out(run: Record, losses: Sequence[float]) -> Record:
+    """The run with these held-out losses, the last of which stays."""
+    losses = [*losses, *[losses[-1]] * (len(run.epochs) - len(losses))]
+    rows = zip(run.epochs, losses, strict=True)
+    return replace(run, epochs=tuple(replace(row, test_loss=loss) for row, loss in rows))
+
+
 def whole(ours: float, best: float, peer: float) -> Iterator[Record]:
     """The whole suite, recorded with these final losses of 2 at first."""
     for task in SUITE:
@@ -161,14 +168,7 @@ def test_steps_are_counted_to_where_the_best_run_ends(
 
 
 def test_held_out_losses_are_compared_at_equal_training_losses(tmp_path: Path) -> None:
-    mine = ended(TASK, SUBJECT, [1.0, 0.4, 0.2, 0.1])
-    held_out = [1.0, 0.5, 0.3, *[0.9] * (len(mine.epochs) - 3)]
-    mine = replace(
-        mine,
-        epochs=tuple(
-            replace(row, test_loss=loss) for row, loss in zip(mine.epochs, held_out, strict=True)
-        ),
-    )
+    mine = with_held_out(ended(TASK, SUBJECT, [1.0, 0.4, 0.2, 0.1]), [1.0, 0.5, 0.3, 0.9])
     tuned = ended(TASK, "sgd-0.1", [1.0, 0.3], test=0.6)
     early = ended(TASK, "adam-0.001", [1.0, 0.8], test=0.4)
     (outcome,) = judge([mine, tuned, early])
@@ -341,14 +341,7 @@ def test_one_setting_for_all_tasks(tmp_path: Path) -> None:
 
 
 def test_the_epoch_to_keep_is_that_of_the_lowest_held_out_loss() -> None:
-    mine = ended(TASK, SUBJECT, [1.0, 0.4])
-    held_out = [0.1, 0.5, 0.3, *[0.9] * (len(mine.epochs) - 3)]
-    mine = replace(
-        mine,
-        epochs=tuple(
-            replace(row, test_loss=loss) for row, loss in zip(mine.epochs, held_out, strict=True)
-        ),
-    )
+    mine = with_held_out(ended(TASK, SUBJECT, [1.0, 0.4]), [0.1, 0.5, 0.3, 0.9])
     (outcome,) = judge([mine, ended(TASK, "sgd-0.1", [1.0, 0.6]), ended(TASK, "dog", [1.0, 0.7])])
     # Before the first epoch nothing has been trained.
     assert outcome.score.kept_ratio == pytest.approx(0.3 / 0.6)

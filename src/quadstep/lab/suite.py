@@ -627,21 +627,21 @@ def _peer_lines(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _untuned_lines(outcomes: Sequence[Outcome]) -> list[str]:
     """Compares what every setting does that is recorded on all of the tasks."""
-    means = {
-        name: (
-            _mean([outcome.scores[name].train_ratio for outcome in outcomes]),
-            _mean([outcome.scores[name].test_ratio for outcome in outcomes]),
-            _mean([outcome.scores[name].kept_ratio for outcome in outcomes]),
-        )
-        for name in suite_settings()
-        if outcomes and all(name in outcome.scores for outcome in outcomes)
-    }
-    if not means:
+    rows: list[tuple[list[float], list[str]]] = []
+    for name in suite_settings():
+        scores = [outcome.scores[name] for outcome in outcomes if name in outcome.scores]
+        if not scores or len(scores) < len(outcomes):
+            continue
+        columns = [
+            [score.train_ratio for score in scores],
+            [score.test_ratio for score in scores],
+            [score.kept_ratio for score in scores],
+        ]
+        means = [_mean(ratios) for ratios in columns]
+        won = [str(sum(value <= 1.0 for value in ratios)) for ratios in columns]
+        rows.append((means, [display(name), *map(_times, means), *won]))
+    if not rows:
         return []
-    rows = [
-        [display(name), *map(_times, means[name]), *_won(outcomes, name)]
-        for name in sorted(means, key=means.__getitem__)
-    ]
     return [
         "",
         "## One setting for all tasks",
@@ -658,19 +658,13 @@ def _untuned_lines(outcomes: Sequence[Outcome]) -> list[str]:
                 *("setting", "training", "held-out", "kept"),
                 *("tasks, training", "tasks, held-out", "tasks, kept"),
             ],
-            rows,
+            [row for _, row in sorted(rows, key=lambda pair: pair[0])],
         ),
     ]
 
 
 def _mean(ratios: Sequence[float]) -> float:
     return float(np.exp(np.mean(np.log(np.clip(ratios, 1.0 / CAP, CAP)))))
-
-
-def _won(outcomes: Sequence[Outcome], name: str) -> Iterator[str]:
-    yield str(sum(outcome.scores[name].train_ratio <= 1.0 for outcome in outcomes))
-    yield str(sum(outcome.scores[name].test_ratio <= 1.0 for outcome in outcomes))
-    yield str(sum(outcome.scores[name].kept_ratio <= 1.0 for outcome in outcomes))
 
 
 def _ratios(
