@@ -659,7 +659,7 @@ class TestClosuresThatMisbehave:
 class Still:
     """A search that measures and stays."""
 
-    parabola, quiet = None, 0.0
+    parabola, agreement, quiet = None, None, 0.0
 
     def radius(self, rate):
         return rate

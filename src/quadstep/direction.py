@@ -214,7 +214,8 @@ def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block
         weight_decay = float(group.get("weight_decay", 0.0))
         for part in _by_device(owners):
             grads = [_placed(owner.grad, owner) for owner in part]
-            blocks.append(Block(part, real(part), real(grads), unit, weight_decay))
+            grads = real(grads)
+            blocks.append(Block(part, real(part), grads, unit, weight_decay, grads))
     return blocks
 
 

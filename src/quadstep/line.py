@@ -11,6 +11,7 @@ parameters while a line is measured and returns them bit for bit.
 from __future__ import annotations
 
 import ctypes
+import math
 import operator
 import pickle
 import random
@@ -19,7 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -46,6 +47,7 @@ class Block:
         unit: the rate of the optimizer at which a step subtracts the direction once; carries the
             ratios between the rates of the groups.
         weight_decay: of the group.
+        gradient: the gradients there, likewise, where they are known.
     """
 
     owners: list[Tensor]
@@ -53,6 +55,7 @@ class Block:
     direction: list[Tensor]
     unit: float
     weight_decay: float = 0.0
+    gradient: list[Tensor] = field(default_factory=list[Tensor])
 
 
 class Line:
@@ -83,6 +86,25 @@ class Line:
             for block, start in zip(self.blocks, self._start, strict=True):
                 assign(block.params, start)
         self._displaced = False
+
+    def slope(self) -> Tensor | float:
+        """The decrease of the loss per unit of rate, as the gradients tell it.
+
+        Returns:
+            A scalar; not a number where a gradient is sparse.
+        """
+        slopes: list[Tensor | float] = []
+        for block in self.blocks:
+            if any(part.layout is not torch.strided for part in block.gradient):
+                return math.nan
+            products = torch._foreach_mul(block.gradient, block.direction)
+            parts = torch.stack([whole(product.sum()) for product in products])
+            slope = parts.sum() / block.unit
+            slopes.append(float(slope) if at_hand(slope) else slope)
+        first = slopes[0]
+        if isinstance(first, float):
+            return math.fsum(slopes)
+        return torch.stack([slope.to(first.device) for slope in slopes]).sum()
 
     def losses(self, evaluate: Callable[[], Loss], rates: Iterable[float]) -> list[Loss]:
         """Evaluates the loss at several rates and returns to rate zero, however that ends.

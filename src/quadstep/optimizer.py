@@ -36,6 +36,7 @@ from quadstep.line import (
     whole,
 )
 from quadstep.parabola import (
+    Agreement,
     Decision,
     Evidence,
     Exact,
@@ -50,7 +51,7 @@ from quadstep.parabola import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 def _deaf_to_noise(saved: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +60,16 @@ def _deaf_to_noise(saved: dict[str, Any]) -> dict[str, Any]:
     return saved | {"version": 2, "search": search, "path": [], "stretch": 1.0}
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _deaf_to_noise}
+def _heedless_of_gradients(saved: dict[str, Any]) -> dict[str, Any]:
+    """Adds to a state of version 2 what is known of the slopes of the gradients: nothing."""
+    agreement = asdict(Agreement()) if saved["configuration"]["averaging"] else None
+    return saved | {"version": 3, "search": saved["search"] | {"agreement": agreement}}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _deaf_to_noise,
+    2: _heedless_of_gradients,
+}
 """What turns LQA's own part of a state of each older version into that of the next."""
 
 AUDIT = 100
@@ -174,7 +184,13 @@ class LQA(Optimizer):
         # Averaged iterates bear a greedy rate; without averaging the loss itself must vouch for it.
         ledger = Ledger if base is None else WaryLedger
         self._search: Safeguarded | Exact = (
-            Safeguarded(smoothing=0.97, growth=3.0, slowing=True, ledger=Evidence.open(0.0))
+            Safeguarded(
+                smoothing=0.97,
+                growth=3.0,
+                slowing=True,
+                agreement=Agreement(),
+                ledger=Evidence.open(0.0),
+            )
             if averaged
             else Safeguarded(smoothing=0.99, growth=1.1, ledger=ledger.open(0.0))
         )
@@ -585,7 +601,10 @@ class LQA(Optimizer):
         radius = self._search.radius(self.rate)
         audited = self._audits and self._measured % AUDIT == 0
         again = audited or loss is not None
-        rates = (radius, 0.0, -radius) if again else (radius, -radius)
+        agreement = self._search.agreement
+        told = math.nan if agreement is None else line.slope()
+        both = agreement is None or agreement.due or told is math.nan
+        rates = (radius, *((0.0,) if again else ()), *((-radius,) if both else ()))
         # Out of reach of a closure that clears or accumulates gradients.
         grads = [(param, param.grad) for param in self._parameters()]
         self._clear_gradients()
@@ -602,18 +621,20 @@ class LQA(Optimizer):
         # As many on every process: one that took over the state of another may know fewer.
         path = [*self._path, *(math.nan for _ in range(self._missing))]
         # The one wait for the device.
-        values = rank_mean([_reading(centre), *losses, *path], centre, self._process_group)
-        given, minus, *repeated, plus = values[: 1 + len(losses)]
+        values = rank_mean([_reading(centre), told, *losses, *path], centre, self._process_group)
+        given, slope, minus, *others = values[: 2 + len(losses)]
+        plus = others.pop() if both else None
         points = Points(
             radius,
             minus,
-            given if loss is None else repeated[0],
+            given if loss is None else others[0],
             plus,
             self._resolution(kinds[0]),
-            tuple(value for value in values[1 + len(losses) :] if not math.isnan(value)),
+            tuple(value for value in values[2 + len(losses) :] if not math.isnan(value)),
+            slope,
         )
         if audited:
-            self._audit(given, repeated[0], points, loss is None)
+            self._audit(given, others[0], points, loss is None)
         return points, len(rates)
 
     @property

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 SMALLEST_RATE = 1e-30
 LARGEST_RATE = 1e30
@@ -49,27 +49,36 @@ class Points:
         radius: distance of the outer points from the centre, in units of the rate (delta0).
         minus: loss at `theta - radius * d`, where a step of that rate would arrive.
         centre: loss at `theta`.
-        plus: loss at `theta + radius * d`.
+        plus: loss at `theta + radius * d`; None where it was not measured, or is not to count.
         resolution: relative rounding error of one loss, the epsilon of its dtype.
         path: the losses of the steps before, at most back to the last measurement.
+        slope: the decrease of the loss per unit of rate at the centre, as the gradient tells it;
+            not a number where it does not.
     """
 
     radius: float
     minus: float
     centre: float
-    plus: float
+    plus: float | None
     resolution: float = 2.0**-52
     path: tuple[float, ...] = ()
+    slope: float = math.nan
+
+    @property
+    def uphill(self) -> float:
+        """The loss at `plus`, or where the parabola through the others has it by the slope told."""
+        return self.minus + 2.0 * self.radius * self.slope if self.plus is None else self.plus
 
     @property
     def finite(self) -> bool:
         """Whether all three losses are finite."""
-        return all(map(math.isfinite, (self.minus, self.centre, self.plus)))
+        return all(map(math.isfinite, (self.minus, self.centre, self.uphill)))
 
     @property
     def rounding(self) -> float:
         """The rounding error to expect in a difference of two of the losses."""
-        return 4.0 * self.resolution * max(abs(self.minus), abs(self.centre), abs(self.plus))
+        largest = max(abs(self.minus), abs(self.centre), abs(self.uphill))
+        return 4.0 * self.resolution * largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +95,14 @@ class Parabola:
 
     @classmethod
     def fit(cls, points: Points) -> Parabola:
-        """Passes a parabola through three points (equations 6 and 7)."""
-        rise = points.plus - points.centre
+        """Passes a parabola through three points (equations 6 and 7).
+
+        Through two and the slope there, if one was not measured.
+        """
+        rise = points.uphill - points.centre
         fall = points.minus - points.centre
         return cls(
-            slope=_divide(points.plus - points.minus, 2.0 * points.radius),
+            slope=_divide(points.uphill - points.minus, 2.0 * points.radius),
             curvature=_divide(_divide(rise + fall, 2.0 * points.radius), points.radius),
         )
 
@@ -144,6 +156,7 @@ class Exact:
     """
 
     parabola: Parabola = Parabola(0.0, 0.0)
+    agreement: ClassVar[None] = None
 
     def loaded(self, state: dict[str, Any]) -> Exact:
         """Takes over a state that was saved with `asdict`."""
@@ -483,6 +496,58 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
+class Agreement:
+    """Whether the slope that the gradient tells is the one that the losses show.
+
+    Then one probe is enough for a parabola. Where gradients are clipped or accumulated, flow
+    straight through a rounding or are not those of the loss for other reasons, it is not; so two
+    probes tell first, and now and then for as long as they agree.
+
+    Attributes:
+        apart: the running mean of the difference of the two, relative to the larger one.
+        newest: the last of these differences.
+        checks: how many differences are in it.
+        measured: how many measurements there were.
+    """
+
+    apart: float = 0.0
+    newest: float = 0.0
+    checks: int = 0
+    measured: int = 0
+
+    FIRST, EVERY = 10, 10
+    """How many measurements are checked at first, and one of how many later unless it fails."""
+    WEIGHT = 0.1
+    """Of the newest difference."""
+    MOST = 0.3
+    """The mean difference up to which they agree."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether one probe is enough."""
+        return self.checks >= self.FIRST and self.apart <= self.MOST
+
+    @property
+    def due(self) -> bool:
+        """Whether the next measurement takes two probes."""
+        return not self.holds or self.newest > self.MOST or self.measured % self.EVERY == 0
+
+    def book(self, points: Points) -> Agreement:
+        """Enters a measurement, and the difference of the slopes where it has both."""
+        if not math.isfinite(points.slope):
+            return Agreement()
+        entered = replace(self, measured=self.measured + 1)
+        shown = Parabola.fit(points).slope
+        drowned = abs(points.uphill - points.minus) <= points.rounding
+        if points.plus is None or drowned or not math.isfinite(shown):
+            return entered
+        newest = abs(shown - points.slope) / max(abs(shown), abs(points.slope))
+        checks = self.checks + 1
+        apart = self.apart + max(self.WEIGHT, 1.0 / checks) * (min(newest, 1.0) - self.apart)
+        return replace(entered, apart=apart, newest=newest, checks=checks)
+
+
+@dataclass(frozen=True, slots=True)
 class Safeguarded:
     """The vertex of a running parabola, kept within what the probes can vouch for.
 
@@ -504,6 +569,7 @@ class Safeguarded:
         reach: the least distance of the probes at which the losses differ by more than rounding.
         strikes: how many fits in a row contradicted the running parabola.
         noise: of the losses, where there are steps between two measurements.
+        agreement: of the gradient's slope with the losses; None asks the losses alone.
         ledger: what is known of kept promises; None takes every vertex at its word.
     """
 
@@ -517,6 +583,7 @@ class Safeguarded:
     reach: float = 0.0
     strikes: int = 0
     noise: Noise = Noise()
+    agreement: Agreement | None = None
     ledger: Ledger | Evidence | None = None
 
     SHRINK = 0.1
@@ -541,6 +608,7 @@ class Safeguarded:
         state = state | {
             "parabola": Parabola(**state["parabola"]),
             "noise": Noise(**state["noise"]),
+            "agreement": state["agreement"] and Agreement(**state["agreement"]),
             "ledger": ledger,
         }
         return Safeguarded(**state)
@@ -565,12 +633,17 @@ class Safeguarded:
         half, on a rising line or on a non-finite one, the parameters wait for the next measurement.
         """
         rate = _clamp(rate)
-        fit = Parabola.fit(points)
-        bend = abs(points.plus - points.centre + (points.minus - points.centre))
-        drowned = bend <= points.rounding
         search = self
+        if self.agreement is not None:
+            agreement = self.agreement.book(points)
+            search = replace(self, agreement=agreement)
+            if agreement.holds and points.finite:
+                points = replace(points, plus=None)
+        fit = Parabola.fit(points)
+        bend = abs(points.uphill - points.centre + (points.minus - points.centre))
+        drowned = bend <= points.rounding
         if math.isfinite(points.centre):
-            search = self._book(points, rate, Parabola(0.0, 0.0) if drowned else fit)
+            search = search._book(points, rate, Parabola(0.0, 0.0) if drowned else fit)
         if not (points.finite and fit.finite):
             return search._retreat(rate, points, 0.0, Reason.NON_FINITE)
         if points.minus - points.centre > max(abs(points.centre), self.level):
@@ -642,7 +715,7 @@ class Safeguarded:
         A step whose whole effect drowns in rounding is too small and harmless, so the first rate
         follows the probes; where a slope does show, or once did, it does not.
         """
-        if not self.fits and abs(points.plus - points.minus) <= points.rounding:
+        if not self.fits and abs(points.uphill - points.minus) <= points.rounding:
             rate = max(rate, _clamp(points.radius))
         return (
             replace(self, reach=_clamp(10.0 * points.radius)),
