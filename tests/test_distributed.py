@@ -291,28 +291,29 @@ def check_steps_stretch_alike_where_losses_are_free_of_noise(_):
 
 
 def check_what_is_sent(_):
-    """On the CPU two flags at every step, and all losses together where it measures.
+    """On the CPU two flags at every step, and all numbers together where it measures.
 
-    They are three, four at the first measurement, which evaluates the centre twice, and those of
-    the last ten steps.
+    They are two losses, three where the slope is checked and four at the first measurement, which
+    evaluates the centre twice, the slope and the losses of the last ten steps.
     """
     for parallelise in (DistributedDataParallel, sharded):
         task = classification()
         model = parallelise(task.model)
         opt = LQA(task.model.parameters())
         for step in range(20):
-            due = opt._wait == 0
+            due, checked = opt._wait == 0, opt._search.agreement.due
             with counted() as sent:
                 train(opt, model, task, [step])
-            losses = 4 if step == 0 else 3
-            assert sent == ([2, losses + 10] if due else [2])
+            losses = 2 + checked + (step == 0)
+            assert sent == ([2, losses + 11] if due else [2])
             assert opt.report.forwards == (losses if due else 1)
+        assert not checked, "once the slopes have agreed"
 
 
 class Fixed:
     """A search that leaves the rate alone: LQA must then be the plain optimizer."""
 
-    parabola = None
+    parabola = agreement = None
 
     def radius(self, rate):
         return rate

@@ -1,3 +1,4 @@
+import math
 import pickle
 import random
 
@@ -49,6 +50,33 @@ def test_blocks_move_by_their_units():
     Line([one, other]).move(0.1)
     moved = 1.0 - torch.cat([one.params[0], other.params[0]])
     torch.testing.assert_close(moved, torch.cat([0.1 * one.direction[0], other.direction[0]]))
+
+
+def test_the_slope_is_the_derivative_of_the_loss_along_the_line():
+    blocks = [block([1.0, 2.0], [[3.0]], dtype=torch.float64)]
+    blocks.append(block([4.0], unit=0.1, dtype=torch.float64))
+    rate = torch.zeros((), dtype=torch.float64, requires_grad=True)
+
+    def loss(rate):
+        return sum(
+            (param - rate / part.unit * direction).sin().square().sum()
+            for part in blocks
+            for param, direction in zip(part.params, part.direction, strict=True)
+        )
+
+    for part in blocks:
+        with torch.enable_grad():
+            part.gradient = list(torch.autograd.grad(loss(0.0), part.params))
+    with torch.enable_grad():
+        (derivative,) = torch.autograd.grad(loss(rate), rate)
+    assert Line(blocks).slope() == pytest.approx(-float(derivative), rel=1e-12)
+
+
+def test_a_sparse_gradient_tells_no_slope():
+    dense, part = block([1.0]), block([1.0, 2.0])
+    dense.gradient = [torch.ones(1)]
+    part.gradient = [torch.tensor([0.0, 1.0]).to_sparse()]
+    assert math.isnan(Line([dense, part]).slope())
 
 
 def test_a_start_elsewhere_is_returned_to():

@@ -3,6 +3,7 @@ import io
 import math
 import pickle
 import warnings
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -209,6 +210,87 @@ class TestTheRate:
         assert (opt.report.forwards, opt.report.backwards) == (2, 1)
         with pytest.raises(AttributeError):
             report.rate = 1.0
+
+
+def heedless(opt: LQA) -> LQA:
+    """Makes each measurement take two probes, whatever gradients tell."""
+    opt._search = replace(opt._search, agreement=None)
+    return opt
+
+
+class TestOneProbe:
+    """Where the gradient tells the slope that the losses show, one probe makes a parabola."""
+
+    def test_is_taken_after_ten_checks_and_then_but_for_one_measurement_in_ten(self):
+        task = classification()
+        opt = LQA(task.model.parameters(), every=1)
+        forwards = []
+        for step in range(40):
+            opt.step(task.closure(step))
+            forwards.append(opt.report.forwards)
+        assert opt.report.counts[Reason.NOISE] == 1, "which is no check"
+        assert forwards == [4] + [3] * 10 + [2] * 9 + ([3] + [2] * 9) * 2
+
+    @pytest.mark.parametrize(
+        "build",
+        [
+            LQA,
+            lambda params: LQA(params, direction="sgd", averaging="schedule-free"),
+            lambda params: LQA(torch.optim.SGD(params, lr=0.01), averaging="schedule-free"),
+        ],
+    )
+    def test_finds_on_a_quadratic_what_two_find(self, build):
+        ends = []
+        for change in (lambda opt: opt, heedless):
+            problem = Quadratic.random(floor=0.0)
+            opt = change(build([problem.theta]))
+            evaluations = 0
+            for _ in range(100):
+                opt.step(problem)
+                evaluations += opt.report.forwards
+            ends.append((problem.theta.detach(), evaluations))
+        (one, fewer), (two, more) = ends
+        assert fewer < more
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+    @pytest.mark.parametrize("kind", ["other", "scaled", "accumulated", "clipped"])
+    def test_is_not_taken_where_gradients_are_not_those_of_the_loss(self, kind):
+        """Then all is as with two probes, to the last bit."""
+        tasks = [classification(), classification()]
+        opts = [LQA(tasks[0].model.parameters()), heedless(LQA(tasks[1].model.parameters()))]
+        for step in range(60):
+            for task, opt in zip(tasks, opts, strict=True):
+                opt.zero_grad()
+                loss = task.closure(step)()
+                loss.backward()
+                for param in task.model.parameters():
+                    if kind == "other":
+                        param.grad = param.grad.sign()
+                    elif kind == "scaled":
+                        param.grad *= 3.0
+                if kind == "accumulated":
+                    for other in range(1, 4):
+                        task.closure(step + other)().backward()
+                elif kind == "clipped":
+                    nn.utils.clip_grad_norm_(task.model.parameters(), 0.01)
+                opt.step(task.closure(step), loss=loss)
+        assert opts[0]._measured > 15
+        assert identical(values(tasks[0].model), values(tasks[1].model))
+
+    def test_trains_where_gradients_tell_another_slope_from_some_step_on(self):
+        """As where weights are rounded once they have been learned."""
+        rates = []
+        for change in (lambda opt: opt, heedless):
+            task = classification()
+            opt = change(LQA(task.model.parameters(), every=1))
+            for step in range(200):
+                loss = task.closure(step)()
+                opt.zero_grad()
+                (loss if step < 100 else 10.0 * loss).backward()
+                opt.step(task.closure(step), loss=loss)
+            rates.append(opt.rate)
+        one, two = rates
+        assert one == pytest.approx(two, rel=0.2)
 
 
 class TestNoise:

@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quadstep.parabola import (
+    Agreement,
     Decision,
     Evidence,
     Exact,
@@ -39,6 +41,12 @@ def doubting() -> Safeguarded:
 
 def wary() -> Safeguarded:
     return Safeguarded(smoothing=0.9, growth=3.0, slowing=True, ledger=Evidence.open(0.0))
+
+
+def heeding(checks=Agreement.FIRST) -> Safeguarded:
+    """A search that has found so many times that gradients tell the slope."""
+    agreement = Agreement(checks=checks, measured=1)
+    return Safeguarded(smoothing=0.9, growth=3.0, agreement=agreement)
 
 
 def book(kind, losses, promise):
@@ -171,19 +179,101 @@ class TestNoise:
         assert noise.book(path, 1.0, 1.0).quiet == 0.0
 
 
+class TestAgreement:
+    def book(self, agreement, *slopes):
+        """Enters measurements whose losses show a slope of one."""
+        for slope in slopes:
+            points = replace(sample(Parabola(1.0, 1.0), 0.1), slope=slope)
+            seen = points if agreement.due else replace(points, plus=None)
+            agreement = agreement.book(seen)
+        return agreement
+
+    def checked(self, agreement, slope, count):
+        """Which of the next measurements take two probes."""
+        due = []
+        for _ in range(count):
+            due.append(agreement.due)
+            agreement = self.book(agreement, slope)
+        return due
+
+    @pytest.mark.parametrize("slope", [0.75, 1.0, 1.4])
+    def test_one_measurement_in_ten_is_checked_where_the_slopes_agree(self, slope):
+        assert (
+            self.checked(Agreement(), slope, 40)
+            == [True] * 11 + ([False] * 9 + [True]) * 2 + [False] * 9
+        )
+
+    @pytest.mark.parametrize("slope", [-1.0, 0.0, 0.1, 0.65, 1.5, 10.0])
+    def test_each_measurement_is_checked_where_they_do_not(self, slope):
+        assert all(self.checked(Agreement(), slope, 40))
+
+    def test_a_check_that_fails_is_followed_by_others(self):
+        """Gradients that are clipped all of a sudden are soon no longer heeded."""
+        agreement = self.book(Agreement(), *[1.0] * 20)
+        assert agreement.due
+        agreement = self.book(agreement, 0.1)
+        assert agreement.holds
+        assert agreement.due
+        assert self.book(agreement, 1.0, *[1.0] * 3).holds
+        assert not self.book(agreement, *[0.1] * 3).holds
+
+    def test_it_comes_back(self):
+        agreement = self.book(Agreement(), *[0.1] * 50)
+        assert not agreement.holds
+        assert self.book(agreement, *[1.0] * 20).holds
+
+    @pytest.mark.parametrize("slope", [math.nan, math.inf])
+    def test_it_starts_over_where_the_gradient_tells_nothing(self, slope):
+        agreement = self.book(Agreement(), *[1.0] * 20)
+        assert self.book(agreement, slope) == Agreement()
+
+    def test_differences_that_drown_in_rounding_are_no_checks(self):
+        flat = Points(1e-20, 1.0, 1.0, 1.0, slope=1.0)
+        assert Agreement().book(flat) == Agreement(measured=1)
+
+    @given(coefficients, st.floats(-100.0, 100.0), st.floats(0.01, 10.0))
+    def test_a_slope_told_stands_in_for_a_probe(self, curvature, slope, radius):
+        parabola = Parabola(slope, curvature)
+        whole = replace(sample(parabola, radius), slope=slope)
+        told = replace(whole, plus=None)
+        scale = abs(whole.plus) + abs(whole.minus) + 1.0
+        assert told.uphill == pytest.approx(whole.plus, rel=0, abs=1e-14 * scale)
+        fit = Parabola.fit(told)
+        assert fit.slope == pytest.approx(slope, rel=0, abs=1e-13 * scale / radius)
+        assert fit.curvature == pytest.approx(curvature, rel=0, abs=1e-13 * scale / radius**2)
+
+    def test_it_is_heeded_once_it_holds_and_not_before(self):
+        """The probes show a slope of one, the gradient tells one of 1.2."""
+        line = replace(sample(Parabola(1.0, 1.0), 0.4), slope=1.2)
+        for checks, slope in ((Agreement.FIRST, 1.2), (Agreement.FIRST - 2, 1.0)):
+            search, _ = heeding(checks).decide(0.4, line)
+            assert search.parabola.slope == pytest.approx(slope)
+
+    def test_what_is_not_finite_is_not_overlooked(self):
+        line = replace(sample(Parabola(1.0, 1.0), 0.4), slope=1.0, plus=math.nan)
+        search, decision = heeding().decide(0.4, line)
+        assert decision.reason is Reason.NON_FINITE
+        search, decision = heeding().decide(0.4, replace(line, plus=None, slope=math.inf))
+        assert decision.reason is Reason.NON_FINITE
+        assert search.agreement == Agreement()
+
+
 class TestSafeguarded:
     @given(
-        st.sampled_from([fresh, doubting, wary]),
+        st.sampled_from([fresh, doubting, wary, heeding]),
         rates,
-        st.lists(st.tuples(anything, anything, anything), max_size=20),
+        st.lists(st.tuples(anything, anything, anything, anything), max_size=20),
     )
-    @example(fresh, 1.0, [(1e308, -1e308, 1e308)])
-    @example(fresh, 1e-30, [(0.0, 0.0, 0.0)])
+    @example(fresh, 1.0, [(1e308, -1e308, 1e308, 0.0)])
+    @example(fresh, 1e-30, [(0.0, 0.0, 0.0, 0.0)])
     def test_the_rate_is_finite_positive_and_inside_its_clamp(self, make, rate, losses):
         search = make()
-        for minus, centre, plus in losses:
+        for minus, centre, plus, slope in losses:
             radius = search.radius(rate)
-            search, decision = search.decide(rate, Points(radius, minus, centre, plus))
+            agreement = search.agreement
+            seen = plus if agreement is None or agreement.due else None
+            points = Points(radius, minus, centre, seen, slope=slope)
+            search, decision = search.decide(rate, points)
             assert 0.0 < decision.rate < math.inf
             assert 0.0 <= decision.step <= min(decision.rate, max(radius, search.growth * rate))
             upper = search.growth * rate

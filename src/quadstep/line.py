@@ -91,20 +91,19 @@ class Line:
         """The decrease of the loss per unit of rate, as the gradients tell it.
 
         Returns:
-            A scalar; not a number where a gradient is sparse.
+            A scalar whose mean over the processes is meant; not a number where a gradient is
+            sparse.
         """
-        slopes: list[Tensor | float] = []
+        slopes: list[Tensor] = []
         for block in self.blocks:
             if any(part.layout is not torch.strided for part in block.gradient):
                 return math.nan
-            products = torch._foreach_mul(block.gradient, block.direction)
-            parts = torch.stack([whole(product.sum()) for product in products])
-            slope = parts.sum() / block.unit
-            slopes.append(float(slope) if at_hand(slope) else slope)
-        first = slopes[0]
-        if isinstance(first, float):
-            return math.fsum(slopes)
-        return torch.stack([slope.to(first.device) for slope in slopes]).sum()
+            products = torch._foreach_mul(local(block.gradient), local(block.direction))
+            parts = zip(products, map(shards, block.gradient), strict=True)
+            slopes.append(torch.stack([part.sum() * count for part, count in parts]).sum())
+            slopes[-1] /= block.unit
+        slope = torch.stack([part.to(slopes[0].device) for part in slopes]).sum()
+        return float(slope) if at_hand(slope) else slope
 
     def losses(self, evaluate: Callable[[], Loss], rates: Iterable[float]) -> list[Loss]:
         """Evaluates the loss at several rates and returns to rate zero, however that ends.
@@ -212,6 +211,14 @@ def parted(tensors: Iterable[Tensor], key: Callable[[Tensor], Any]) -> Iterable[
     for tensor in tensors:
         parts.setdefault(key(tensor), []).append(tensor)
     return parts.values()
+
+
+def shards(tensor: Tensor) -> int:
+    """In how many parts the processes hold a tensor."""
+    if not is_distributed(tensor):
+        return 1
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if not placement.is_replicate())
 
 
 def whole(tensor: Tensor) -> Tensor:

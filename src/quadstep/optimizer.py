@@ -268,11 +268,12 @@ class LQA(Optimizer):
         Args:
             closure: runs the model forward on this step's batch and returns the loss, a scalar
                 tensor. It is called with gradients enabled once, and twice more without where the
-                step measures; the first and every hundredth measurement take one more call, to see
+                step measures, or with averaging once where the slope of the gradient is that of
+                the losses; the first and every hundredth measurement take one more call, to see
                 that it returns the same loss at the same parameters.
             loss: for the two-phase use: the caller has run `loss.backward()` already, the
-                gradients are taken as they are and the closure is only probed (three times where
-                the step measures). Must be what the closure returns at the same parameters.
+                gradients are taken as they are and the closure is only probed (once more where the
+                step measures). Must be what the closure returns at the same parameters.
 
         Returns:
             The loss before the step, detached.
@@ -602,8 +603,8 @@ class LQA(Optimizer):
         audited = self._audits and self._measured % AUDIT == 0
         again = audited or loss is not None
         agreement = self._search.agreement
-        told = math.nan if agreement is None else line.slope()
-        both = agreement is None or agreement.due or told is math.nan
+        told = [] if agreement is None else [line.slope()]
+        both = agreement is None or agreement.due or told[0] is math.nan
         rates = (radius, *((0.0,) if again else ()), *((-radius,) if both else ()))
         # Out of reach of a closure that clears or accumulates gradients.
         grads = [(param, param.grad) for param in self._parameters()]
@@ -621,16 +622,18 @@ class LQA(Optimizer):
         # As many on every process: one that took over the state of another may know fewer.
         path = [*self._path, *(math.nan for _ in range(self._missing))]
         # The one wait for the device.
-        values = rank_mean([_reading(centre), told, *losses, *path], centre, self._process_group)
-        given, slope, minus, *others = values[: 2 + len(losses)]
+        values = rank_mean([_reading(centre), *losses, *told, *path], centre, self._process_group)
+        given, minus, *others = values[: 1 + len(losses)]
         plus = others.pop() if both else None
+        rest = values[1 + len(losses) :]
+        slope = rest.pop(0) if told else math.nan
         points = Points(
             radius,
             minus,
             given if loss is None else others[0],
             plus,
             self._resolution(kinds[0]),
-            tuple(value for value in values[2 + len(losses) :] if not math.isnan(value)),
+            tuple(value for value in rest if not math.isnan(value)),
             slope,
         )
         if audited:

@@ -15,7 +15,6 @@ import copy
 import random
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,7 +41,7 @@ from quadstep.line import Block, Line
 BATCH = 64
 
 BLOCK = 10
-"""How many steps make a turn: a multiple of every interval between measurements."""
+"""How many steps make a turn: a multiple of the interval between two measurements."""
 
 PATIENCE = 300.0
 """After so many seconds on one model no round begins, but for the first `LEAST`."""
@@ -84,8 +83,12 @@ BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     "lqa-adamw": lambda params: LQA(AdamW(params, foreach=True)),
 }
 
-INTERVALS = {"lqa-auto": 10}
-"""Steps from one measurement to the next, where not each one measures."""
+PROBES = {"sgd": 0.0, "adamw": 0.0, "lqa-auto": 0.1}
+"""Forward passes a step beyond the first; two where not said otherwise.
+
+One step in ten of `lqa-auto` measures, and takes one probe: the ten percent of measurements that
+take two, to check it, are left out.
+"""
 
 PAIRS = (*BASES.items(), ("lqa-auto", "sgd"), ("lqa-adamw", "adamw"))
 """Optimizers, and the bases that their steps are compared with."""
@@ -116,8 +119,8 @@ def cost(
 
     Returns:
         The file. Its `rows` hold the median `ratio` of the time a step to that of the `base`, the
-        quartiles `low` and `high`, and the `floor`: what two forward passes at each measurement
-        cost alone. Its `memory` is in copies of the parameters, beyond them and their gradients:
+        quartiles `low` and `high`, and the `floor`: what the forward passes of the probes cost
+        alone. Its `memory` is in copies of the parameters, beyond them and their gradients:
         the persistent `state` and the `transient` peak within a `step` of each kind.
 
     Raises:
@@ -165,13 +168,11 @@ class _Subject:
         self.optimizer = BUILDERS[name](self.model.parameters())
         self.batches = batches
         self._train()
-        held = BLOCK - BLOCK // INTERVALS.get(name, 1)
+        settled = BLOCK * (1.0 + PROBES.get(name, 2.0))
         for _ in range(SETTLING):
             self._start = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
-            before = self._reasons()
-            self._train()
-            seen = self._reasons() - before
-            if seen[Reason.HELD] == held and not seen[Reason.NON_FINITE]:
+            before = self._faults()
+            if self._count_forwards() == settled and self._faults() == before:
                 return
         raise ValueError(
             f"{name} did not settle down within {SETTLING * BLOCK} steps: measure other models"
@@ -188,8 +189,20 @@ class _Subject:
         for inputs, labels in self.batches:
             train.step(self.optimizer, self.model, inputs, labels)
 
-    def _reasons(self) -> Counter[Reason]:
-        return Counter(self.optimizer.report.counts if isinstance(self.optimizer, LQA) else {})
+    def _count_forwards(self) -> int:
+        calls: list[nn.Module] = []
+
+        def note(module: nn.Module, *_: object) -> None:
+            calls.append(module)
+
+        with self.model.register_forward_hook(note):
+            self._train()
+        return len(calls)
+
+    def _faults(self) -> int:
+        if not isinstance(self.optimizer, LQA):
+            return 0
+        return self.optimizer.report.counts.get(Reason.NON_FINITE, 0)
 
 
 def _cost(optimizer: str, base: str, seconds: Mapping[str, Array]) -> Row:
@@ -198,7 +211,7 @@ def _cost(optimizer: str, base: str, seconds: Mapping[str, Array]) -> Row:
         "optimizer": optimizer,
         "base": base,
         **_compare(seconds[optimizer], seconds[base]),
-        "floor": 1.0 + 2.0 * forward / INTERVALS.get(optimizer, 1),
+        "floor": 1.0 + PROBES.get(optimizer, 2.0) * forward,
         "step_ms": _milliseconds(seconds[optimizer]),
     }
 
