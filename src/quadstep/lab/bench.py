@@ -83,11 +83,11 @@ BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     "lqa-adamw": lambda params: LQA(AdamW(params, foreach=True)),
 }
 
-PROBES = {"sgd": 0.0, "adamw": 0.0, "lqa-auto": 0.1}
+PROBES = {"sgd": 0.0, "adamw": 0.0, "lqa-auto": 0.1, "lqa-adamw": 1.1}
 """Forward passes a step beyond the first; two where not said otherwise.
 
-One step in ten of `lqa-auto` measures, and takes one probe: the ten percent of measurements that
-take two, to check it, are left out.
+Of ten measurements one takes two probes, nine take one; `lqa-auto` measures in one step of ten,
+where the second probe, in one step of a hundred, is left out.
 """
 
 PAIRS = (*BASES.items(), ("lqa-auto", "sgd"), ("lqa-adamw", "adamw"))
