@@ -818,17 +818,20 @@ class TestCheckpoints:
         opt.load_state_dict(state)
         assert opt._wait == 7
 
-    def test_a_state_of_the_first_version_loads(self, configuration):
-        """It knew nothing of noise."""
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_a_state_of_an_older_version_loads(self, configuration, version):
+        """The first knew nothing of noise, nor the second of the slopes of gradients."""
         task = classification()
         opt = configuration(task.model.parameters())
         for step in range(15):
             opt.step(task.closure(step))
         state = copy.deepcopy(opt.state_dict())
         saved = state["param_groups"][0]["lqa"]
-        saved["version"] = 1
-        del saved["path"], saved["stretch"]
-        saved["search"].pop("noise", None)
+        saved["version"] = version
+        saved["search"].pop("agreement", None)
+        if version == 1:
+            del saved["path"], saved["stretch"]
+            saved["search"].pop("noise", None)
         other = copy.deepcopy(task)
         loaded = configuration(other.model.parameters())
         loaded.load_state_dict(state)

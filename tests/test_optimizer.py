@@ -231,12 +231,23 @@ class TestOneProbe:
         assert opt.report.counts[Reason.NOISE] == 1, "which is no check"
         assert forwards == [4] + [3] * 10 + [2] * 9 + ([3] + [2] * 9) * 2
 
+    def test_is_taken_around_another_optimizer_but_not_along_the_plain_gradient(self):
+        counts = []
+        for build in (lambda params: LQA(BASES["adamw"](params)), CONFIGURATIONS["lqa"]):
+            task = classification()
+            opt = build(task.model.parameters())
+            for step in range(30):
+                opt.step(task.closure(step))
+            counts.append(opt.report.forwards)
+        assert counts == [2, 3]
+
     @pytest.mark.parametrize(
         "build",
         [
             LQA,
             lambda params: LQA(params, direction="sgd", averaging="schedule-free"),
-            lambda params: LQA(torch.optim.SGD(params, lr=0.01), averaging="schedule-free"),
+            lambda params: LQA(BASES["momentum"](params)),
+            lambda params: LQA(BASES["adamw"](params), averaging="schedule-free"),
         ],
     )
     def test_finds_on_a_quadratic_what_two_find(self, build):
@@ -253,11 +264,13 @@ class TestOneProbe:
         assert fewer < more
         torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
 
+    @pytest.mark.parametrize("name", ["lqa-auto", "lqa(adamw)"])
     @pytest.mark.parametrize("kind", ["other", "scaled", "accumulated", "clipped"])
-    def test_is_not_taken_where_gradients_are_not_those_of_the_loss(self, kind):
+    def test_is_not_taken_where_gradients_are_not_those_of_the_loss(self, name, kind):
         """Then all is as with two probes, to the last bit."""
         tasks = [classification(), classification()]
-        opts = [LQA(tasks[0].model.parameters()), heedless(LQA(tasks[1].model.parameters()))]
+        opts = [CONFIGURATIONS[name](task.model.parameters()) for task in tasks]
+        heedless(opts[1])
         for step in range(60):
             for task, opt in zip(tasks, opts, strict=True):
                 opt.zero_grad()
