@@ -43,7 +43,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """The losses at three points of a line.
+    """The losses at three points of a line, or at two and the slope there.
 
     Attributes:
         radius: distance of the outer points from the centre, in units of the rate (delta0).
@@ -71,7 +71,7 @@ class Points:
 
     @property
     def finite(self) -> bool:
-        """Whether all three losses are finite."""
+        """Whether the losses are finite, and the slope where it stands in for one."""
         return all(map(math.isfinite, (self.minus, self.centre, self.uphill)))
 
     @property
