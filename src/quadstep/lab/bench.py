@@ -80,17 +80,18 @@ BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     "sgd": SGD,
     "adamw": partial(AdamW, foreach=True),
     **{name: optimizers.BUILDERS[name] for name in CONFIGURATIONS},
+    "lqa-sgd": lambda params: LQA(SGD(params, lr=0.1)),
     "lqa-adamw": lambda params: LQA(AdamW(params, foreach=True)),
 }
 
-PROBES = {"sgd": 0.0, "adamw": 0.0, "lqa-auto": 0.1, "lqa-adamw": 1.1}
+PROBES = {"sgd": 0.0, "adamw": 0.0, "lqa-auto": 0.1, "lqa-sgd": 1.1, "lqa-adamw": 1.1}
 """Forward passes a step beyond the first; two where not said otherwise.
 
 Of ten measurements one takes two probes, nine take one; `lqa-auto` measures in one step of ten,
 where the second probe, in one step of a hundred, is left out.
 """
 
-PAIRS = (*BASES.items(), ("lqa-auto", "sgd"), ("lqa-adamw", "adamw"))
+PAIRS = (*BASES.items(), ("lqa-auto", "sgd"), ("lqa-sgd", "sgd"), ("lqa-adamw", "adamw"))
 """Optimizers, and the bases that their steps are compared with."""
 
 SETTLING = 100
