@@ -98,10 +98,9 @@ class Line:
         for block in self.blocks:
             if any(part.layout is not torch.strided for part in block.gradient):
                 return math.nan
-            products = torch._foreach_mul(local(block.gradient), local(block.direction))
-            parts = zip(products, map(shards, block.gradient), strict=True)
-            slopes.append(torch.stack([part.sum() * count for part, count in parts]).sum())
-            slopes[-1] /= block.unit
+            # One by one: all products together would be another copy of the parameters.
+            products = map(inner, block.gradient, block.direction)
+            slopes.append(torch.stack([*products]).sum() / block.unit)
         slope = torch.stack([part.to(slopes[0].device) for part in slopes]).sum()
         return float(slope) if at_hand(slope) else slope
 
@@ -213,12 +212,16 @@ def parted(tensors: Iterable[Tensor], key: Callable[[Tensor], Any]) -> Iterable[
     return parts.values()
 
 
-def shards(tensor: Tensor) -> int:
-    """In how many parts the processes hold a tensor."""
-    if not is_distributed(tensor):
-        return 1
-    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-    return math.prod(size for placement, size in sizes if not placement.is_replicate())
+def inner(one: Tensor, other: Tensor) -> Tensor:
+    """The inner product of two tensors laid out alike, or what has it as its mean over a mesh."""
+    if not (is_distributed(one) and is_distributed(other)):
+        return (one * other).sum()
+    parts = [
+        size
+        for placement, size in zip(one.placements, one.device_mesh.shape, strict=True)
+        if not placement.is_replicate()
+    ]
+    return (one.to_local() * other.to_local()).sum() * math.prod(parts)
 
 
 def whole(tensor: Tensor) -> Tensor:
