@@ -213,8 +213,7 @@ def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block
         unit = (rate / lr if lr != 0.0 else math.inf) if rate else 1.0
         weight_decay = float(group.get("weight_decay", 0.0))
         for part in _by_device(owners):
-            grads = [_placed(owner.grad, owner) for owner in part]
-            grads = real(grads)
+            grads = real([_placed(owner.grad, owner) for owner in part])
             blocks.append(Block(part, real(part), grads, unit, weight_decay, grads))
     return blocks
 

@@ -620,22 +620,24 @@ class LQA(Optimizer):
         # As many on every process: one that took over the state of another may know fewer.
         path = [*self._path, *(math.nan for _ in range(self._missing))]
         # The one wait for the device.
-        values = rank_mean([_reading(centre), *losses, *told, *path], centre, self._process_group)
-        given, minus, *others = values[: 1 + len(losses)]
-        plus = others.pop() if both else None
-        rest = values[1 + len(losses) :]
-        slope = rest.pop(0) if told else math.nan
+        values = iter(
+            rank_mean([_reading(centre), *losses, *told, *path], centre, self._process_group)
+        )
+        given, minus = next(values), next(values)
+        repeated = next(values) if again else given
+        plus = next(values) if both else None
+        slope = next(values) if told else math.nan
         points = Points(
             radius,
             minus,
-            given if loss is None else others[0],
+            given if loss is None else repeated,
             plus,
             self._resolution(kinds[0]),
-            tuple(value for value in rest if not math.isnan(value)),
+            tuple(value for value in values if not math.isnan(value)),
             slope,
         )
         if audited:
-            self._audit(given, others[0], points, loss is None)
+            self._audit(given, repeated, points, loss is None)
         return points, len(rates)
 
     @property

@@ -80,6 +80,11 @@ class Points:
         largest = max(abs(self.minus), abs(self.centre), abs(self.uphill))
         return 4.0 * self.resolution * largest
 
+    @property
+    def flat(self) -> bool:
+        """Whether no slope shows: the outer losses differ by no more than rounding."""
+        return abs(self.uphill - self.minus) <= self.rounding
+
 
 @dataclass(frozen=True, slots=True)
 class Parabola:
@@ -537,9 +542,10 @@ class Agreement:
         if not math.isfinite(points.slope):
             return Agreement()
         entered = replace(self, measured=self.measured + 1)
+        if points.plus is None or points.flat:
+            return entered
         shown = Parabola.fit(points).slope
-        drowned = abs(points.uphill - points.minus) <= points.rounding
-        if points.plus is None or drowned or not math.isfinite(shown):
+        if not math.isfinite(shown):
             return entered
         newest = abs(shown - points.slope) / max(abs(shown), abs(points.slope))
         checks = self.checks + 1
@@ -715,7 +721,7 @@ class Safeguarded:
         A step whose whole effect drowns in rounding is too small and harmless, so the first rate
         follows the probes; where a slope does show, or once did, it does not.
         """
-        if not self.fits and abs(points.uphill - points.minus) <= points.rounding:
+        if not self.fits and points.flat:
             rate = max(rate, _clamp(points.radius))
         return (
             replace(self, reach=_clamp(10.0 * points.radius)),
