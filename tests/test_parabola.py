@@ -270,8 +270,7 @@ class TestSafeguarded:
         search = make()
         for minus, centre, plus, slope in losses:
             radius = search.radius(rate)
-            agreement = search.agreement
-            seen = plus if agreement is None or agreement.due else None
+            seen = plus if search.agreement.due else None
             points = Points(radius, minus, centre, seen, slope=slope)
             search, decision = search.decide(rate, points)
             assert 0.0 < decision.rate < math.inf

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -62,9 +62,8 @@ def _deaf_to_noise(saved: dict[str, Any]) -> dict[str, Any]:
 
 def _heedless_of_gradients(saved: dict[str, Any]) -> dict[str, Any]:
     """Adds to a state of version 2 what is known of the slopes of the gradients: nothing."""
-    own = saved["configuration"]
-    agreement = asdict(Agreement()) if own["averaging"] or own["base"] else None
-    return saved | {"version": 3, "search": saved["search"] | {"agreement": agreement}}
+    search = saved["search"] | {"agreement": asdict(Agreement())}
+    return saved | {"version": 3, "search": search}
 
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -184,14 +183,11 @@ class LQA(Optimizer):
         self._every = int(every or (10 if averaged else 1))
         # Averaged iterates bear a greedy rate; without averaging the loss itself must vouch for it.
         ledger = Ledger if base is None else WaryLedger
-        # Along the plain gradient `lqa` takes the two probes of Algorithm 1.
-        agreement = Agreement() if averaged or base is not None else None
-        search = (
+        self._search: Safeguarded | Exact = (
             Safeguarded(smoothing=0.97, growth=3.0, slowing=True, ledger=Evidence.open(0.0))
             if averaged
             else Safeguarded(smoothing=0.99, growth=1.1, ledger=ledger.open(0.0))
         )
-        self._search: Safeguarded | Exact = replace(search, agreement=agreement)
         self._process_group = process_group
         # The losses since the last measurement, that one's first, for what is noise in them.
         length = min(self._every, PATH) if averaged else 0
@@ -266,9 +262,9 @@ class LQA(Optimizer):
         Args:
             closure: runs the model forward on this step's batch and returns the loss, a scalar
                 tensor. It is called with gradients enabled once, and twice more without where the
-                step measures, or once where the slope of the gradient is that of the losses (never
-                along "sgd" without averaging). The first and every hundredth measurement take one
-                more call, to see that it returns the same loss at the same parameters.
+                step measures, or once where the slope of the gradient is that of the losses. The
+                first and every hundredth measurement take one more call, to see that it returns the
+                same loss at the same parameters.
             loss: for the two-phase use: the caller has run `loss.backward()` already, the
                 gradients are taken as they are and the closure is only probed (once more where the
                 step measures). Must be what the closure returns at the same parameters.

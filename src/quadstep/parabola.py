@@ -575,7 +575,7 @@ class Safeguarded:
         reach: the least distance of the probes at which the losses differ by more than rounding.
         strikes: how many fits in a row contradicted the running parabola.
         noise: of the losses, where there are steps between two measurements.
-        agreement: of the gradient's slope with the losses; None asks the losses alone.
+        agreement: of the gradient's slope with the losses.
         ledger: what is known of kept promises; None takes every vertex at its word.
     """
 
@@ -589,7 +589,7 @@ class Safeguarded:
     reach: float = 0.0
     strikes: int = 0
     noise: Noise = Noise()
-    agreement: Agreement | None = None
+    agreement: Agreement = Agreement()
     ledger: Ledger | Evidence | None = None
 
     SHRINK = 0.1
@@ -614,7 +614,7 @@ class Safeguarded:
         state = state | {
             "parabola": Parabola(**state["parabola"]),
             "noise": Noise(**state["noise"]),
-            "agreement": state["agreement"] and Agreement(**state["agreement"]),
+            "agreement": Agreement(**state["agreement"]),
             "ledger": ledger,
         }
         return Safeguarded(**state)
@@ -639,12 +639,10 @@ class Safeguarded:
         half, on a rising line or on a non-finite one, the parameters wait for the next measurement.
         """
         rate = _clamp(rate)
-        search = self
-        if self.agreement is not None:
-            agreement = self.agreement.book(points)
-            search = replace(self, agreement=agreement)
-            if agreement.holds and points.finite:
-                points = replace(points, plus=None)
+        agreement = self.agreement.book(points)
+        search = replace(self, agreement=agreement)
+        if agreement.holds and points.finite:
+            points = replace(points, plus=None)
         fit = Parabola.fit(points)
         bend = abs(points.uphill - points.centre + (points.minus - points.centre))
         drowned = bend <= points.rounding

@@ -84,8 +84,16 @@ BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     "lqa-adamw": lambda params: LQA(AdamW(params, foreach=True)),
 }
 
-PROBES = {"sgd": 0.0, "adamw": 0.0, "lqa-auto": 0.1, "lqa-sgd": 1.1, "lqa-adamw": 1.1}
-"""Forward passes a step beyond the first; two where not said otherwise.
+PROBES = {
+    "sgd": 0.0,
+    "adamw": 0.0,
+    "lqa-auto": 0.1,
+    "lqa": 1.1,
+    "lqa-paper": 2.0,
+    "lqa-sgd": 1.1,
+    "lqa-adamw": 1.1,
+}
+"""Forward passes a step beyond the first.
 
 Of ten measurements one takes two probes, nine take one; `lqa-auto` measures in one step of ten,
 where the second probe, in one step of a hundred, is left out.
@@ -169,7 +177,7 @@ class _Subject:
         self.optimizer = BUILDERS[name](self.model.parameters())
         self.batches = batches
         self._train()
-        settled = BLOCK * (1.0 + PROBES.get(name, 2.0))
+        settled = BLOCK * (1.0 + PROBES[name])
         for _ in range(SETTLING):
             self._start = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
             before = self._faults()
@@ -212,7 +220,7 @@ def _cost(optimizer: str, base: str, seconds: Mapping[str, Array]) -> Row:
         "optimizer": optimizer,
         "base": base,
         **_compare(seconds[optimizer], seconds[base]),
-        "floor": 1.0 + PROBES.get(optimizer, 2.0) * forward,
+        "floor": 1.0 + PROBES[optimizer] * forward,
         "step_ms": _milliseconds(seconds[optimizer]),
     }
 
