@@ -175,10 +175,25 @@ def test_held_out_losses_are_compared_at_equal_training_losses(tmp_path: Path) -
     assert outcome.score.test_ratio == pytest.approx(0.9 / 0.4)
     assert outcome.abreast == pytest.approx(0.3 / 0.6)
     report, _ = write([outcome], tmp_path)
-    assert rows(report.read_text(), "## Held-out loss")[TASK][-2] == "0.5"
+    assert rows(report.read_text(), "## Held-out loss")[TASK][-3] == "0.5"
     assert "its held-out loss is 0.5 times the one of that run" in report.read_text()
     (outcome,) = judge([mine, ended(TASK, "sgd-0.1", [1.0, 0.05])])
     assert outcome.abreast == math.inf
+
+
+def test_both_losses_count_at_one_time_of_any_run(tmp_path: Path) -> None:
+    mine = with_held_out(ended(TASK, SUBJECT, [1.0, 0.2, 0.1]), [1.0, 0.7, 0.9])
+    tuned = ended(TASK, "sgd-0.1", [1.0, 0.3], test=0.8)
+    early = ended(TASK, "adam-0.001", [1.0, 0.4], test=0.5)
+    peer = with_held_out(ended(TASK, "momo", [1.0, 0.5, 0.3, 0.6]), [1.0, 0.1, 0.4, 0.2])
+    lost = ended(TASK, "dog", [1.0, 0.1, math.nan], test=math.nan, status="diverged")
+    (outcome,) = judge([mine, tuned, early, lost])
+    assert outcome.both == pytest.approx(0.7 / 0.5)
+    (outcome,) = judge([mine, tuned, early, peer])
+    assert outcome.both == pytest.approx(0.4 / 0.5)
+    report, _ = write([outcome], tmp_path)
+    assert rows(report.read_text(), "## Held-out loss")[TASK][-2] == "0.8"
+    assert "in both losses at once on 100% of 1 tasks, at worst 0.8." in report.read_text()
 
 
 def test_only_runs_of_the_suite_that_have_ended_count() -> None:
