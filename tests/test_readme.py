@@ -26,3 +26,7 @@ def test_the_suite_is_shown_as_it_was_recorded():
     assert rows(README.read_text(), "## The suite") == {
         task: [*training[task][:4], held_out[task][3], held_out[task][-1]] for task in training
     }
+    every = rows(report, "## One setting for all tasks")
+    shown = rows(README.read_text(), "### One setting for all tasks")
+    assert shown == {setting: every[setting][:3] for setting in shown}
+    assert [*shown][:2] == [*every][:2]
