@@ -31,7 +31,7 @@ def test_equals_the_plain_iterates_step_by_step(weight_decay, adapting):
             stretches.append(most ** quiet[moves - 1])
             theta.grad = hessian @ theta
             group = {"params": [theta], "lr": rate, "weight_decay": weight_decay}
-            line = direction.line([group], state, rate, measured=False)
+            line = direction.line([group], state, rate, kept=False)
             averaging.move(line.blocks, state, rate, averaging.weight(moves))
             x, y, z = schedule_free(
                 lambda at: hessian @ at,

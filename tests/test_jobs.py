@@ -475,6 +475,84 @@ class TestParameters:
             assert head.num_batches_tracked == step + 1
 
 
+class Growing(nn.Module):
+    """Keeps a table as long as the longest input, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+        self.length = 0
+
+    def forward(self, input):
+        if len(input) > self.length:
+            self.length = len(input)
+            self.register_buffer("table", torch.arange(self.length) / self.length)
+        return self.linear(input[:, None])[:, 0] - self.table[: len(input)]
+
+
+class TestModules:
+    """Modules that an optimizer, which is given parameters, can only come to know by running."""
+
+    def test_one_that_grows_its_buffers_trains(self, configuration):
+        model = Growing()
+        opt = configuration(model.parameters())
+        for length in (2, 3, 7, 5, 9, 9, 30):
+            opt.step(lambda length=length: model(torch.ones(length)).square().mean())
+        assert opt.report.forwards > 1
+        assert len(model.table) == 30
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    @pytest.mark.parametrize("kind", ["expanded", "lazy", "scripted", "ensemble"])
+    def test_any_kind_trains(self, configuration, kind):
+        task = noisy_classification()
+        model, inputs, labels = task.model, task.inputs[:32], task.labels[:32]
+        params = [*model.parameters()]
+        if kind == "expanded":
+            model[0].register_buffer("mask", torch.ones(1, 16).expand(32, 16))
+        elif kind == "lazy":
+            model[1] = nn.LazyBatchNorm1d(affine=False)
+        elif kind == "scripted":
+            model = torch.jit.script(model)
+        elif kind == "ensemble":
+            copies = [classification(seed=seed).model for seed in range(3)]
+            for each in copies:
+                each.register_buffer("scale", torch.ones(()))
+            stacked, buffers = torch.func.stack_module_state(copies)
+            params = [*stacked.values()]
+            base = copies[0]
+
+            def model(inputs):
+                def one(stacked, buffers):
+                    return torch.func.functional_call(base, (stacked, buffers), inputs)
+
+                return torch.vmap(one)(stacked, buffers).mean(0)
+
+        opt = configuration(params)
+        losses = [
+            float(opt.step(lambda: functional.cross_entropy(model(inputs), labels)))
+            for _ in range(30)
+        ]
+        assert opt.report.counts.keys() - {Reason.HELD}
+        assert losses[-1] < losses[0]
+
+    @pytest.mark.parametrize("wrapped", [False, True])
+    def test_those_reached_later_are_probed_without_trace(self, configuration, wrapped):
+        """A second head, of parameters known from the start or of a group that joins the base."""
+        task = noisy_classification()
+        head = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        params = [*task.model.parameters(), *([] if wrapped else head.parameters())]
+        opt = LQA(torch.optim.AdamW(params)) if wrapped else configuration(params)
+        for step in range(3):
+            opt.step(task.closure(step))
+        if wrapped:
+            opt._direction.base.add_param_group({"params": [*head.parameters()]})
+        inputs, labels = task.inputs[:32], task.labels[:32]
+        for step in range(12):
+            opt.step(lambda: functional.cross_entropy(head(task.model(inputs)), labels))
+            assert head[1].num_batches_tracked == step + 1
+            assert task.model[1].num_batches_tracked == step + 4
+
+
 class Binary(nn.Linear):
     """Weights of two values, whose gradients pass straight through the rounding."""
 
@@ -593,6 +671,30 @@ class TestClosuresThatMisbehave:
         with pytest.warns(UserWarning, match=r"loss is .*, but at the same parameters") as caught:
             opt.step(task.closure(), loss=1024.0 * loss)
         assert caught[0].filename == __file__
+
+    @pytest.mark.parametrize("two_phases", [False, True])
+    def test_a_loss_computed_before_the_closure_is_warned_of_once(self, two_phases):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        message = (
+            r"the closure returned \S+ wherever the parameters were, although the gradient tells a "
+            r"change of \S+; compute the loss in the closure, from the optimizer's parameters, and "
+            r"not before step\(\)"
+        )
+
+        def step(number):
+            loss = task.closure(number)()
+            if two_phases:
+                opt.zero_grad()
+                loss.backward()
+                opt.step(lambda: loss, loss=loss)
+            else:
+                opt.step(lambda: loss)
+
+        with pytest.warns(UserWarning, match=message) as seen:
+            any(map(step, range(20)))
+        assert len(seen) == 1
+        assert opt.rate < 1.0
 
     def test_honest_closures_are_not_accused(self, configuration, monkeypatch):
         """Dropout, batch normalisation, attention, autocast: at every measurement, both phases."""

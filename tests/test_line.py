@@ -1,4 +1,3 @@
-import math
 import pickle
 import random
 
@@ -72,11 +71,27 @@ def test_the_slope_is_the_derivative_of_the_loss_along_the_line():
     assert Line(blocks).slope() == pytest.approx(-float(derivative), rel=1e-12)
 
 
-def test_a_sparse_gradient_tells_no_slope():
+def test_a_sparse_gradient_tells_its_slope():
     dense, part = block([1.0]), block([1.0, 2.0])
     dense.gradient = [torch.ones(1)]
-    part.gradient = [torch.tensor([0.0, 1.0]).to_sparse()]
-    assert math.isnan(Line([dense, part]).slope())
+    part.gradient = [torch.tensor([0.0, 3.0])]
+    slope = Line([dense, part]).slope()
+    part.gradient = [part.gradient[0].to_sparse()]
+    assert Line([dense, part]).slope() == slope != 0.0
+
+
+def test_an_unknown_gradient_tells_no_slope():
+    known, unknown = block([1.0]), block([1.0])
+    known.gradient = [torch.ones(1)]
+    assert Line([known, unknown]).slope() is None
+    assert Line([]).slope() == 0.0
+
+
+def test_slopes_beyond_half_precision_are_told():
+    part = block([1.0])
+    part.params, part.direction = [part.params[0].half()], [torch.full((1,), 1e3).half()]
+    part.gradient = part.direction
+    assert Line([part]).slope() == pytest.approx(1e6)
 
 
 def test_a_start_elsewhere_is_returned_to():

@@ -3,7 +3,9 @@ import io
 import math
 import pickle
 import warnings
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy
 import pytest
@@ -171,6 +173,13 @@ class TestTheRate:
             )
         assert functional.cross_entropy(model(inputs), labels).item() < 3.0
 
+    @pytest.mark.parametrize("number", [numpy.float32, numpy.float64, numpy.int64])
+    def test_the_first_rate_may_be_any_number(self, number):
+        task = classification()
+        opt = LQA(task.model.parameters(), delta0=number(1), weight_decay=number(0))
+        opt.step(task.closure())
+        assert opt.report.rate <= 3.0
+
     def test_several_groups_keep_the_ratios_of_their_rates(self):
         task = classification()
         first, last = task.model[0], task.model[2]
@@ -217,6 +226,29 @@ def heedless(opt: LQA) -> LQA:
     """Makes each measurement take two probes, whatever gradients tell."""
     opt._search = replace(opt._search, agreement=Agreement(checks=-(10**9)))
     return opt
+
+
+def scaled(closure, factor):
+    """A closure whose gradient is that of its loss times a factor."""
+
+    def evaluate():
+        loss = closure()
+        return loss + (factor - 1.0) * (loss - loss.detach())
+
+    return evaluate
+
+
+def clipped(model, closure):
+    """A closure that runs backward and clips."""
+
+    def evaluate():
+        model.zero_grad()
+        loss = closure()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        return loss
+
+    return evaluate
 
 
 class TestOneProbe:
@@ -267,30 +299,61 @@ class TestOneProbe:
         torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
 
     @pytest.mark.parametrize("name", ["lqa-auto", "lqa", "lqa(adamw)"])
-    @pytest.mark.parametrize("kind", ["other", "scaled", "accumulated", "clipped"])
-    def test_is_not_taken_where_gradients_are_not_those_of_the_loss(self, name, kind):
+    @pytest.mark.parametrize("factor", [-1.0, 0.1, 3.0])
+    def test_is_not_taken_where_gradients_are_not_those_of_the_loss(self, name, factor):
         """Then all is as with two probes, to the last bit."""
         tasks = [classification(), classification()]
         opts = [CONFIGURATIONS[name](task.model.parameters()) for task in tasks]
         heedless(opts[1])
         for step in range(60):
             for task, opt in zip(tasks, opts, strict=True):
-                opt.zero_grad()
-                loss = task.closure(step)()
-                loss.backward()
-                for param in task.model.parameters():
-                    if kind == "other":
-                        param.grad = param.grad.sign()
-                    elif kind == "scaled":
-                        param.grad *= 3.0
-                if kind == "accumulated":
-                    for other in range(1, 4):
-                        task.closure(step + other)().backward()
-                elif kind == "clipped":
-                    nn.utils.clip_grad_norm_(task.model.parameters(), 0.01)
-                opt.step(task.closure(step), loss=loss)
-        assert opts[0]._measured > 15
+                opt.step(scaled(task.closure(step), factor))
+        assert opts[0]._measured > 5
         assert identical(values(tasks[0].model), values(tasks[1].model))
+
+    @pytest.mark.parametrize("name", ["lqa", "lqa(adamw)"])
+    @pytest.mark.parametrize("factor", [0.75, 1.25])
+    def test_a_slope_that_is_off_by_a_quarter_does_not_send_the_rate_away(self, name, factor):
+        """In small batches, where a share of the vertex is believed, the curvature is off by it."""
+        rates = []
+        for change in (lambda opt: opt, heedless):
+            task = classification()
+            opt = change(CONFIGURATIONS[name](task.model.parameters()))
+            for step in range(600):
+                opt.step(scaled(task.closure(step, size=4), factor))
+            rates.append(opt.rate)
+        one, two = rates
+        assert 0.5 < one / two < 2.0
+
+    @pytest.mark.filterwarnings("ignore:the closure calls backward:UserWarning")
+    @pytest.mark.parametrize("name", ["lqa-auto", "lqa", "lqa(adamw)"])
+    @pytest.mark.parametrize("runs_backward", [False, True])
+    def test_is_not_taken_where_a_caller_had_the_gradients_in_hand(self, name, runs_backward):
+        """Clipping puts a slope off now and then, and no check may see it."""
+        task = classification()
+        opt = CONFIGURATIONS[name](task.model.parameters())
+        for step in range(40):
+            closure = task.closure(step)
+            if runs_backward:
+                opt.step(clipped(task.model, closure))
+            else:
+                opt.zero_grad()
+                loss = closure()
+                loss.backward()
+                nn.utils.clip_grad_norm_(task.model.parameters(), 0.5)
+                opt.step(closure, loss=loss)
+            if opt.report.reason is not Reason.HELD:
+                assert opt.report.forwards >= 3
+
+    @pytest.mark.parametrize(("foreach", "forwards"), [(False, 2), (True, 3)])
+    def test_is_not_taken_where_the_base_writes_into_the_gradients(self, foreach, forwards):
+        """As Nesterov's of torch does, whose gradients are gone when it has stepped."""
+        task = classification()
+        nesterov = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, foreach=foreach)
+        opt = LQA(nesterov(task.model.parameters()))
+        for step in range(30):
+            opt.step(task.closure(step))
+        assert opt.report.forwards == forwards
 
     def test_trains_where_gradients_tell_another_slope_from_some_step_on(self):
         """As where weights are rounded once they have been learned."""
@@ -299,13 +362,37 @@ class TestOneProbe:
             task = classification()
             opt = change(LQA(task.model.parameters(), every=1))
             for step in range(200):
-                loss = task.closure(step)()
-                opt.zero_grad()
-                (loss if step < 100 else 10.0 * loss).backward()
-                opt.step(task.closure(step), loss=loss)
+                opt.step(scaled(task.closure(step), 1.0 if step < 100 else 10.0))
             rates.append(opt.rate)
         one, two = rates
         assert one == pytest.approx(two, rel=0.2)
+
+
+class TestRhythm:
+    @pytest.mark.parametrize("beats", [2, 3, 5, 10, 11])
+    def test_measurements_meet_every_beat_alike(self, beats):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        met = Counter()
+        for step in range(2000):
+            opt.step(task.closure(step))
+            if step > 200:
+                met[step % beats] += opt.report.reason is not Reason.HELD
+        assert min(met.values()) > 0.6 * max(met.values())
+
+    @pytest.mark.parametrize("every", [1, 4])
+    def test_the_interval_is_the_one_asked_for_or_one_less(self, every):
+        task = classification()
+        opt = LQA(task.model.parameters(), every=every)
+        intervals, since = Counter(), 0
+        for step in range(300):
+            opt.step(task.closure(step))
+            since += 1
+            if opt.report.reason is not Reason.HELD:
+                intervals[since] += step > 200
+                since = 0
+        expected = {1} if every == 1 else {every - 1, every}
+        assert {interval for interval, count in intervals.items() if count} == expected
 
 
 class TestNoise:
@@ -330,6 +417,23 @@ class TestNoise:
             assert opts[0]._averaging.stretch == 1.0
         assert identical(*(values(task.model) for task in tasks))
 
+    def test_a_probe_that_is_not_finite_says_nothing_of_noise(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        size = len(task.inputs)
+        while opt._averaging.stretch < 2.0 or opt._wait:
+            opt.step(task.closure(size=size))
+        known, stretch = opt._search.noise, opt._averaging.stretch
+        calls = []
+
+        def closure():
+            calls.append(None)
+            return task.closure(size=size)() * (1.0 if len(calls) == 1 else math.inf)
+
+        opt.step(closure)
+        assert opt.report.reason is Reason.NON_FINITE
+        assert (opt._search.noise, opt._averaging.stretch) == (known, stretch)
+
     def test_a_narrow_valley_is_followed_faster(self):
         left = []
         turn = torch.linalg.qr(torch.arange(400, dtype=torch.float64).reshape(20, 20).sin()).Q
@@ -339,11 +443,11 @@ class TestNoise:
             valley = Quadratic(hessian, torch.zeros_like(theta), 0.0, theta)
             opt = LQA([theta])
             opt._averaging = ScheduleFree(furthest=furthest)
-            for _ in range(1000):
+            for _ in range(600):
                 opt.step(valley)
             opt.eval()
             left.append(valley().item())
-        assert left[1] < 0.3 * left[0]
+        assert left[1] < 0.6 * left[0]
 
     @pytest.mark.parametrize("stop", [245, 253, 260])
     def test_resumes_bit_for_bit(self, stop):
@@ -765,6 +869,44 @@ class TestClosures:
         assert table(index).square().sum() < 1e-2
         assert torch.equal(table.weight[5], untouched)
 
+    def test_derivatives_may_be_taken_in_the_closure(self, configuration):
+        """As of a differential equation: forward passes without gradients cannot."""
+        task = classification(dtype=torch.float64)
+        inputs = task.inputs[:32].requires_grad_()
+        eager = copy.deepcopy(task)
+        opts = [configuration(each.model.parameters()) for each in (task, eager)]
+
+        def residual(model):
+            (slopes,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+            return (slopes.sum(1) - inputs.detach().sum(1)).square().mean()
+
+        for _ in range(15):
+            opts[0].step(lambda: residual(task.model))
+            opts[1].step(torch.enable_grad()(lambda: residual(eager.model)))
+        assert identical(values(task.model), values(eager.model))
+
+    def test_activations_may_be_hooked(self, configuration):
+        seen = []
+        task = classification()
+        task.model[1].register_forward_hook(lambda *_: _[-1].register_hook(seen.append) and None)
+        opt = configuration(task.model.parameters())
+        for _ in range(5):
+            opt.step(task.closure())
+        assert len(seen) == 5
+
+    def test_any_other_error_in_a_probe_is_the_callers(self):
+        task, calls = classification(), []
+
+        def closure():
+            calls.append(None)
+            if len(calls) == 2:
+                raise RuntimeError("out of luck")
+            return task.closure()()
+
+        with pytest.raises(RuntimeError, match="out of luck"):
+            LQA(task.model.parameters()).step(closure)
+        assert len(calls) == 2
+
     def test_the_loss_may_have_one_element_in_any_shape(self):
         task = classification()
         opt = LQA(task.model.parameters())
@@ -821,6 +963,24 @@ class TestErrors:
                 ValueError,
                 'direction must be "rms" or "sgd", got \'adam\'; to follow another optimizer\'s '
                 "steps pass the optimizer itself: LQA(torch.optim.AdamW(params))",
+            ),
+            (
+                lambda p: LQA(nn.Linear(2, 1)),
+                TypeError,
+                "params must be parameters, param groups or an optimizer, got a module, Linear; "
+                "use LQA(model.parameters())",
+            ),
+            (
+                lambda p: LQA(torch.optim.AdamW(p, maximize=True)),
+                ValueError,
+                "LQA goes where the loss falls, got a wrapped optimizer with maximize=True; leave "
+                "it out and return the negative objective from the closure",
+            ),
+            (
+                lambda p: LQA(torch.optim.Optimizer(p, {})),
+                ValueError,
+                "Optimizer has no lr in its param groups, so there is no rate to measure; use an "
+                "optimizer whose steps are in proportion to lr",
             ),
             (
                 lambda p: LQA(p, averaging="ema"),

@@ -28,14 +28,15 @@ State = Any
 class Direction(Protocol):
     """What gives each step its line."""
 
-    def line(self, groups: list[Group], state: State, rate: float, measured: bool) -> Line:
+    def line(self, groups: list[Group], state: State, rate: float, kept: bool) -> Line:
         """Builds the line of this step from the gradients.
 
         Args:
             groups: the param groups; `lr` of each is its rate in force.
             state: the per-parameter state of the optimizer, advanced once.
             rate: the rate in force of the optimizer.
-            measured: whether the line will be probed.
+            kept: whether the line is needed for more than the move along it that the base makes:
+                to be probed, or to be averaged.
         """
         ...
 
@@ -43,10 +44,10 @@ class Direction(Protocol):
 class Gradient:
     """The gradient itself: the line of Algorithm 1 of the paper."""
 
-    def line(self, groups: list[Group], state: State, rate: float, measured: bool) -> Line:
+    def line(self, groups: list[Group], state: State, rate: float, kept: bool) -> Line:
         """Takes the gradients as they are, or copies where a probe might write over them."""
         blocks = gather(groups, rate)
-        if measured:
+        if kept:
             for block in blocks:
                 # Where losses are replayed graphs, which accelerators have, so are the gradients.
                 if not all(map(at_hand, block.direction)):
@@ -76,7 +77,7 @@ class NormalisedGradient:
         self.decay = decay
         self.eps = eps
 
-    def line(self, groups: list[Group], state: State, rate: float, measured: bool) -> Line:
+    def line(self, groups: list[Group], state: State, rate: float, kept: bool) -> Line:
         """Advances the running mean square, divides by its root and centres."""
         blocks = gather(groups, rate)
         for block in blocks:
@@ -125,12 +126,13 @@ class Displacement:
     def __init__(self, base: Optimizer) -> None:
         self.base = base
 
-    def line(self, groups: list[Group], state: State, rate: float, measured: bool) -> Line:
+    def line(self, groups: list[Group], state: State, rate: float, kept: bool) -> Line:
         """Steps the base once; the line leads from before the step through where it arrived."""
-        if not measured:
+        if not kept:
             self.base.step()
             return Line([])
         blocks = gather(groups, rate, sparse=True)
+        versions = [_versions(block) for block in blocks]
         start = [copies(block.params) for block in blocks]
         line = Line(blocks, start)
         try:
@@ -138,10 +140,17 @@ class Displacement:
         except BaseException:
             line.restore()
             raise
-        for block, origin in zip(blocks, start, strict=True):
+        for block, origin, version in zip(blocks, start, versions, strict=True):
             block.direction = list(torch._foreach_sub(origin, block.params))
             block.unit = rate or 1.0
+            if _versions(block) != version:
+                # Some optimizers make the gradients into their own steps.
+                block.gradient = None
         return line
+
+
+def _versions(block: Block) -> list[int]:
+    return [gradient._version for gradient in block.gradient or ()]
 
 
 @cache
@@ -214,7 +223,16 @@ def gather(groups: list[Group], rate: float, sparse: bool = False) -> list[Block
         weight_decay = float(group.get("weight_decay", 0.0))
         for part in _by_device(owners):
             grads = real([_placed(owner.grad, owner) for owner in part])
-            blocks.append(Block(part, real(part), grads, unit, weight_decay, grads))
+            blocks.append(
+                Block(
+                    owners=part,
+                    params=real(part),
+                    direction=grads,
+                    unit=unit,
+                    weight_decay=weight_decay,
+                    gradient=grads,
+                )
+            )
     return blocks
 
 

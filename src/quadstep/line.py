@@ -20,12 +20,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,7 +48,7 @@ class Block:
         unit: the rate of the optimizer at which a step subtracts the direction once; carries the
             ratios between the rates of the groups.
         weight_decay: of the group.
-        gradient: the gradients there, likewise, where they are known.
+        gradient: the gradients there, likewise; None where they are not known.
     """
 
     owners: list[Tensor]
@@ -55,7 +56,7 @@ class Block:
     direction: list[Tensor]
     unit: float
     weight_decay: float = 0.0
-    gradient: list[Tensor] = field(default_factory=list[Tensor])
+    gradient: list[Tensor] | None = None
 
 
 class Line:
@@ -87,20 +88,21 @@ class Line:
                 assign(block.params, start)
         self._displaced = False
 
-    def slope(self) -> Tensor | float:
+    def slope(self) -> Tensor | float | None:
         """The decrease of the loss per unit of rate, as the gradients tell it.
 
         Returns:
-            A scalar whose mean over the processes is meant; not a number where a gradient is
-            sparse.
+            A scalar whose mean over the processes is meant; None where a gradient is not known.
         """
         slopes: list[Tensor] = []
         for block in self.blocks:
-            if any(part.layout is not torch.strided for part in block.gradient):
-                return math.nan
+            if block.gradient is None:
+                return None
             # One by one: all products together would be another copy of the parameters.
             products = map(inner, block.gradient, block.direction)
             slopes.append(torch.stack([*products]).sum() / block.unit)
+        if not slopes:
+            return 0.0
         slope = torch.stack([part.to(slopes[0].device) for part in slopes]).sum()
         return float(slope) if at_hand(slope) else slope
 
@@ -213,7 +215,12 @@ def parted(tensors: Iterable[Tensor], key: Callable[[Tensor], Any]) -> Iterable[
 
 
 def inner(one: Tensor, other: Tensor) -> Tensor:
-    """The inner product of two tensors laid out alike, or what has it as its mean over a mesh."""
+    """The inner product of two tensors laid out alike, or what has it as its mean over a mesh.
+
+    It is that of single precision at least: the squares of what half precision holds overflow.
+    """
+    kind = torch.promote_types(one.dtype, torch.float32)
+    one, other = one.to(kind), other.to(kind)
     if not (is_distributed(one) and is_distributed(other)):
         return (one * other).sum()
     parts = [
@@ -311,10 +318,14 @@ class Moment:
             rewind()
 
     def restore_buffers(self) -> None:
-        """Sets the buffers back, in place; one that was replaced becomes the old tensor again."""
-        for owner, name, buffer, _ in self.buffers:
+        """Sets the buffers back, in place; one that was replaced becomes the old tensor again.
+
+        Unless it is of another shape: such a cache has grown, as its module remembers.
+        """
+        rows = [row for row in self.buffers if not _reshaped(*row[:3])]
+        for owner, name, buffer, _ in rows:
             owner._buffers[name] = buffer
-        assign([row[2] for row in self.buffers], [row[3] for row in self.buffers])
+        assign([row[2] for row in rows], [row[3] for row in rows])
 
     def advanced(self, since: Moment) -> tuple[Moment, Moment]:
         """Pairs this moment with an earlier one, both without the generators that stood still."""
@@ -335,7 +346,7 @@ class Surroundings:
     """What a closure touches besides the parameters: random generators and the state of modules.
 
     An optimizer is given parameters, not modules, so the modules that matter are those seen to run
-    during the first closure.
+    during the first closure, and during one after parameters are reached that never were before.
 
     Attributes:
         autocast: the types that autocast was seen to compute in.
@@ -343,14 +354,15 @@ class Surroundings:
 
     def __init__(self) -> None:
         self.autocast: set[torch.dtype] = set()
-        self._modules: list[weakref.ref[nn.Module]] | None = None
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._looks = True
         self._generators: list[RandomSource] | None = None
 
     @contextmanager
     def discovering(
         self, moment: Moment, devices: Callable[[], Iterable[torch.device]] = tuple
     ) -> Generator[None]:
-        """Notes which modules run, the first time; adds their untouched state to `moment`.
+        """Notes which modules run, where it is time to; adds their untouched state to `moment`.
 
         Compiled modules run eagerly meanwhile: a hook that is there once would be compiled in.
 
@@ -358,10 +370,10 @@ class Surroundings:
             moment: before the closure runs.
             devices: tells where the parameters live; their autocast types are noted.
         """
-        if self._modules is not None:
+        if not self._looks:
             yield
             return
-        seen: set[nn.Module] = set()
+        seen = set(self._alive())
         kinds = {device.type for device in devices()}
 
         def note_autocast() -> None:
@@ -392,6 +404,11 @@ class Surroundings:
             for module in seen
             if module._buffers or _replicates(module) or _shards(module)
         ]
+        self._looks = False
+
+    def look_again(self) -> None:
+        """Has the modules noted that run in the next closure; those known stay known."""
+        self._looks = True
 
     def capture(self, devices: Iterable[torch.device] | None) -> Moment:
         """Copies the buffers and the states of the generators; notes those of parallel modules.
@@ -416,7 +433,7 @@ class Surroundings:
         _reshard(self._alive())
 
     def _alive(self) -> list[nn.Module]:
-        modules = (reference() for reference in self._modules or ())
+        modules = (reference() for reference in self._modules)
         return [module for module in modules if module is not None]
 
 
@@ -461,10 +478,30 @@ def _copies(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, 
         (module, name, buffer)
         for module in modules
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None and _plain(buffer)
     ]
     values = copies([buffer for _, _, buffer in buffers])
     return [(*row, value) for row, value in zip(buffers, values, strict=True)]
+
+
+def _plain(buffer: Tensor) -> bool:
+    """Whether a buffer can be copied and written to.
+
+    One that is expanded cannot, nor one without a shape yet, nor the stand-ins of `torch.func`.
+    """
+    untyped: Any = torch._C
+    if is_lazy(buffer) or untyped._functorch.is_functorch_wrapped_tensor(buffer):
+        return False
+    if buffer.layout is not torch.strided:
+        return True
+    sizes = zip(buffer.shape, buffer.stride(), strict=True)
+    return all(size <= 1 or stride for size, stride in sizes)
+
+
+def _reshaped(owner: nn.Module, name: str, buffer: Tensor) -> bool:
+    # Those of scripted modules are no dictionary.
+    current = owner._buffers[name] if name in owner._buffers else None  # noqa: SIM401
+    return current is not None and current.shape != buffer.shape
 
 
 def _generators(devices: Iterable[torch.device]) -> list[RandomSource]:

@@ -10,11 +10,12 @@ safeguarded rate, update.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -81,8 +82,13 @@ MEDDLED = 10
 PATH = 100
 """Of the losses between two measurements so many are kept, the last."""
 
+_GOLDEN = (3.0 - math.sqrt(5.0)) / 2.0
+
 _SPENT = "_quadstep_spent"
 """The attribute of a gradient that keeps the version at which a step has used it."""
+
+_MISSES_GRADIENTS = re.compile("require.*grad")
+"""What the errors say of closures that cannot do without autograd."""
 
 CANCELLING = 1 / 64
 """What is left of the rounding errors of single values in their mean, the loss."""
@@ -127,8 +133,8 @@ class LQA(Optimizer):
             None keeps the last iterate. By default schedule-free along "rms", else None.
         delta0: the first rate and probe radius; later ones are measured. By default 1e-4 along
             "rms" and 0.1 along "sgd"; a wrapped optimizer brings its own learning rate.
-        every: measure once in so many steps (and at once whenever the last measurement hit a
-            limit). By default 10 with averaging and 1 without.
+        every: measure once in so many steps, or one less by turns (and at once whenever the last
+            measurement hit a limit). By default 10 with averaging and 1 without.
         weight_decay: along "rms", what each step takes off the parameters, in proportion to them
             and to the rate, as AdamW does and by default as much, 0.01; groups may have their own.
             The line that is measured includes it.
@@ -154,6 +160,11 @@ class LQA(Optimizer):
         weight_decay: float | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"params must be parameters, param groups or an optimizer, got a module, "
+                f"{type(params).__name__}; use LQA(model.parameters())"
+            )
         base: Optimizer | None = params if isinstance(params, Optimizer) else None
         if base is not None:
             _check_base(base, direction, delta0, weight_decay)
@@ -198,10 +209,13 @@ class LQA(Optimizer):
         self._meddled = 0
         self._training = True
         self._closure_runs_backward = False
+        self._differentiates = False
         self._audits = True
+        self._sees = True
         self._counts: Counter[Reason] = Counter()
         self._last: tuple[Tensor | None, Reason, int, int] = (None, Reason.HELD, 0, 0)
         self._surroundings = Surroundings()
+        self._reached: set[int] = set()
         groups: Any = params if base is None else base.param_groups
         own = {"lr": delta0, "weight_decay": weight_decay}
         super().__init__(groups, own if base is None else base.defaults)
@@ -257,17 +271,17 @@ class LQA(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, *, loss: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Takes one step; without any gradient only a wrapped optimizer moves anything.
+        """Takes one step; where all gradients are zero only a wrapped optimizer moves anything.
 
         Args:
             closure: runs the model forward on this step's batch and returns the loss, a scalar
                 tensor. It is called with gradients enabled once, and twice more without where the
-                step measures, or once where the slope of the gradient is that of the losses. The
-                first and every hundredth measurement take one more call, to see that it returns the
-                same loss at the same parameters.
+                step measures, or once where the slope of the gradient fits to the losses. The first
+                and every hundredth measurement take one more call, to see that it returns the same
+                loss at the same parameters.
             loss: for the two-phase use: the caller has run `loss.backward()` already, the
-                gradients are taken as they are and the closure is only probed (once more where the
-                step measures). Must be what the closure returns at the same parameters.
+                gradients are taken as they are and the closure is only probed (three times where
+                the step measures). Must be what the closure returns at the same parameters.
 
         Returns:
             The loss before the step, detached.
@@ -286,6 +300,7 @@ class LQA(Optimizer):
         before = self._surroundings.capture(self._devices() if due else None)
         try:
             centre = self._gradient_pass(closure, loss, before)
+            self._note_new_gradients()
             if due:
                 # Closures may return one tensor each time, as replayed graphs do.
                 centre = centre.clone()
@@ -378,6 +393,7 @@ class LQA(Optimizer):
                     f"state_dict was saved with {key} = {saved['configuration'].get(key)!r}, this "
                     f"optimizer has {key} = {own!r}; construct LQA as it was when it was saved"
                 )
+        search = self._search.loaded(saved["search"])
         self._share()
         super().load_state_dict(state_dict)
         del self.param_groups[0]["lqa"]
@@ -385,7 +401,7 @@ class LQA(Optimizer):
             self._direction.base.__setstate__(
                 {"state": self.state, "param_groups": self.param_groups}
             )
-        self._search = self._search.loaded(saved["search"])
+        self._search = search
         self._wait = saved["wait"]
         self._moves = saved["moves"]
         self._path.clear()
@@ -410,7 +426,7 @@ class LQA(Optimizer):
         else:
             super().add_param_group(param_group)
         # Its modules may be ones that no closure has run yet.
-        self._surroundings = Surroundings()
+        self._surroundings.look_again()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in vars(self).items() if key in _PICKLED}
@@ -420,6 +436,7 @@ class LQA(Optimizer):
         super().__setstate__(state)
         if "_surroundings" not in vars(self):
             self._surroundings = Surroundings()
+            self._reached = set()
 
     def _share(self) -> None:
         """Makes groups and state those of the wrapped optimizer, which may have replaced them."""
@@ -543,6 +560,14 @@ class LQA(Optimizer):
             )
         self._closure_runs_backward = True
 
+    def _note_new_gradients(self) -> None:
+        """Looks for modules once more where parameters have a gradient that never had one."""
+        reached = {id(param) for param in self._parameters() if param.grad is not None}
+        if not reached <= self._reached:
+            if self._reached:
+                self._surroundings.look_again()
+            self._reached |= reached
+
     def _inspect(self, loss: Tensor) -> tuple[bool, bool]:
         """Whether loss and gradients are finite, and whether any gradient is not zero.
 
@@ -581,14 +606,24 @@ class LQA(Optimizer):
 
         kinds: list[torch.dtype] = []
 
-        def evaluate() -> Tensor | float:
+        def run() -> Tensor:
             before.restore()
             torch.clear_autocast_cache()
             with (
-                torch.set_grad_enabled(self._closure_runs_backward),
+                torch.set_grad_enabled(self._closure_runs_backward or self._differentiates),
                 self._surroundings.discovering(before, self._devices),
             ):
-                probe = closure()
+                return closure()
+
+        def evaluate() -> Tensor | float:
+            try:
+                probe = run()
+            except RuntimeError as error:
+                if self._differentiates or not _MISSES_GRADIENTS.search(str(error)):
+                    raise
+                # It takes derivatives itself, as the residual of a differential equation does.
+                self._differentiates = True
+                probe = run()
             _check_loss(probe, "closure")
             kinds.append(probe.dtype)
             return _reading(probe)
@@ -596,15 +631,22 @@ class LQA(Optimizer):
         radius = self._search.radius(self.rate)
         audited = self._audits and self._measured % AUDIT == 0
         again = audited or loss is not None
+        # A caller who has had the gradients in hand may have clipped them, if only now and then.
+        own = loss is None and not self._closure_runs_backward
         agreement = self._search.agreement
-        told = [] if agreement is None else [line.slope()]
-        both = agreement is None or agreement.due or told[0] is math.nan
-        rates = (radius, *((0.0,) if again else ()), *((-radius,) if both else ()))
+        slope = None if agreement is None else line.slope()
+        both = slope is None or agreement is None or not own or agreement.due
+        rates = {"minus": radius}
+        if again:
+            rates["again"] = 0.0
+        if both:
+            rates["plus"] = -radius
+        known = len(before.buffers)
         # Out of reach of a closure that clears or accumulates gradients.
         grads = [(param, param.grad) for param in self._parameters()]
         self._clear_gradients()
         try:
-            losses = line.losses(evaluate, rates)
+            losses = line.losses(evaluate, rates.values())
             if audited and loss is not None:
                 # The caller's forward pass may rightly have drawn other numbers.
                 now = self._surroundings.capture(self._devices())
@@ -612,26 +654,30 @@ class LQA(Optimizer):
         finally:
             for param, grad in grads:
                 param.grad = grad
+            if after is not before:
+                after.buffers.extend(before.buffers[known:])
             after.restore()
+        sent = {"centre": _reading(centre), **dict(zip(rates, losses, strict=True))}
+        if slope is not None:
+            sent["slope"] = slope
         # As many on every process: one that took over the state of another may know fewer.
         path = [*self._path, *(math.nan for _ in range(self._missing))]
         # The one wait for the device.
-        values = iter(
-            rank_mean([_reading(centre), *losses, *told, *path], centre, self._process_group)
-        )
-        given, minus = next(values), next(values)
-        repeated = next(values) if again else given
-        plus = next(values) if both else None
-        slope = next(values) if told else math.nan
+        values = rank_mean([*sent.values(), *path], centre, self._process_group)
+        seen = dict(zip(sent, values, strict=False))
+        given, repeated = seen["centre"], seen.get("again", seen["centre"])
         points = Points(
-            radius,
-            minus,
-            given if loss is None else repeated,
-            plus,
-            self._resolution(kinds[0]),
-            tuple(value for value in values if not math.isnan(value)),
-            slope,
+            radius=radius,
+            minus=seen["minus"],
+            centre=given if loss is None else repeated,
+            plus=seen.get("plus"),
+            resolution=self._resolution(kinds[0]),
+            path=tuple(value for value in values[len(sent) :] if not math.isnan(value)),
+            slope=seen.get("slope", math.nan),
+            own=own,
         )
+        if points.blind and isinstance(self._search, Safeguarded) and not self._search.fits:
+            self._note_blindness(points)
         if audited:
             self._audit(given, repeated, points, loss is None)
         return points, len(rates)
@@ -641,8 +687,28 @@ class LQA(Optimizer):
         return (self._path.maxlen or 0) - len(self._path)
 
     @property
+    def _interval(self) -> int:
+        """Steps to the next measurement: `every`, or one less by the golden ratio.
+
+        Whatever rhythm batches have, as tasks that take turns, measurements then meet every beat.
+        """
+        now, then = ((self._measured + ahead) * _GOLDEN for ahead in (0, 1))
+        return max(1, self._every - math.floor(then) + math.floor(now))
+
+    @property
     def _measured(self) -> int:
         return sum(self._counts.values()) - self._counts[Reason.HELD]
+
+    def _note_blindness(self, points: Points) -> None:
+        """Warns once of a loss that was computed before the closure was called."""
+        if self._sees:
+            warnings.warn(
+                f"the closure returned {points.centre:.6g} wherever the parameters were, although "
+                f"the gradient tells a change of {points.slope * points.radius:.3g}; compute the "
+                "loss in the closure, from the optimizer's parameters, and not before step()",
+                stacklevel=6,
+            )
+        self._sees = False
 
     def _audit(self, given: float, repeated: float, points: Points, own: bool) -> None:
         """Warns once of a closure that returns two losses at the same parameters."""
@@ -675,7 +741,10 @@ class LQA(Optimizer):
             line.move(decision.step)
         else:
             line.restore()
-            self._averaging.adapt(self._search.quiet, self._moves, self._parameters(), self.state)
+            if decision.reason is not Reason.NON_FINITE:
+                self._averaging.adapt(
+                    self._search.quiet, self._moves, self._parameters(), self.state
+                )
             if decision.step:
                 self._moves += 1
                 weight = self._averaging.weight(self._moves)
@@ -692,7 +761,7 @@ class LQA(Optimizer):
         """Books the step and sets when to measure next: at once until the rate has settled."""
         if decision.reason is not Reason.HELD:
             self._path.clear()
-            self._wait = self._every - 1 if decision.settled else 0
+            self._wait = self._interval - 1 if decision.settled else 0
         elif self._wait and decision.step:
             # A measurement that is due stays so, and a step that moves nothing brings none nearer.
             self._wait -= 1
@@ -711,6 +780,7 @@ _PICKLED = frozenset(
         "_averaging",
         "_closure_runs_backward",
         "_counts",
+        "_differentiates",
         "_direction",
         "_every",
         "_last",
@@ -720,6 +790,7 @@ _PICKLED = frozenset(
         "_path",
         "_process_group",
         "_search",
+        "_sees",
         "_training",
         "_wait",
     )
@@ -756,6 +827,17 @@ def _check_base(
             f"LQA cannot wrap {type(base).__name__}, which searches its own line; "
             "pass the parameters, or an optimizer that takes plain steps"
         )
+    for group in base.param_groups:
+        if "lr" not in group:
+            raise ValueError(
+                f"{type(base).__name__} has no lr in its param groups, so there is no rate to "
+                "measure; use an optimizer whose steps are in proportion to lr"
+            )
+        if group.get("maximize"):
+            raise ValueError(
+                "LQA goes where the loss falls, got a wrapped optimizer with maximize=True; "
+                "leave it out and return the negative objective from the closure"
+            )
     if direction is not None:
         raise ValueError(
             f"direction is the wrapped optimizer's own step, got direction={direction!r}; "
@@ -780,8 +862,8 @@ def _check_every(value: Any) -> None:
 
 
 def _check_delta0(value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0.0 < value < math.inf):
+    number = isinstance(value, Real) and value is not True
+    if not (number and 0.0 < float(value) < math.inf):
         raise ValueError(
             f"delta0 must be a positive finite number, got {value!r}; "
             "it is only the first rate, a small one such as 1e-4 is safe"
@@ -789,8 +871,8 @@ def _check_delta0(value: Any) -> None:
 
 
 def _check_weight_decay(value: Any, direction: Direction) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0.0 <= value < math.inf):
+    number = isinstance(value, Real) and value is not True
+    if not (number and 0.0 <= float(value) < math.inf):
         raise ValueError(
             f"weight_decay must be a finite number, not negative, got {value!r}; "
             "0.01 is common, 0 turns it off"

@@ -1,4 +1,4 @@
-"""The parabola through three losses on a line, its minimiser, and the rate that may be trusted.
+"""The parabola through losses on a line, its minimiser, and the rate that may be trusted.
 
 Scalar mathematics on Python floats (float64): nothing here knows of parameters, models or devices.
 Equation numbers are those of Zhu et al., "Automatic, Dynamic, and Nearly Optimal Learning Rate
@@ -26,7 +26,7 @@ class Reason(StrEnum):
     MINIMUM = "minimum"
     """The rate is the minimiser of the parabola."""
     HELD = "held"
-    """The step was not measured, not being due or without a gradient: the last rate stays."""
+    """The step was not measured, not being due or all gradients being zero: the rate stays."""
     GROWN = "grown"
     """The minimiser lies beyond the growth limit, the rate went up to the limit."""
     SHRUNK = "shrunk"
@@ -54,6 +54,7 @@ class Points:
         path: the losses of the steps before, at most back to the last measurement.
         slope: the decrease of the loss per unit of rate at the centre, as the gradient tells it;
             not a number where it does not.
+        own: whether nobody but autograd has had that gradient in hand, to clip or scale it.
     """
 
     radius: float
@@ -63,6 +64,10 @@ class Points:
     resolution: float = 2.0**-52
     path: tuple[float, ...] = ()
     slope: float = math.nan
+    own: bool = True
+
+    MUCH: ClassVar[float] = 0.25
+    """The part of the loss that is much of it."""
 
     @property
     def uphill(self) -> float:
@@ -85,6 +90,22 @@ class Points:
         """Whether no slope shows: the outer losses differ by no more than rounding."""
         return abs(self.uphill - self.minus) <= self.rounding
 
+    @property
+    def blind(self) -> bool:
+        """Whether no loss changes at all where the gradient tells that one changes by much."""
+        still = self.minus == self.centre and self.plus in (None, self.centre)
+        return still and abs(self.slope) * self.radius > self.MUCH * abs(self.centre) > 0.0
+
+    @property
+    def bend(self) -> float:
+        """What the outer losses together exceed twice the centre's by."""
+        return (self.uphill - self.centre) + (self.minus - self.centre)
+
+    @property
+    def straight(self) -> bool:
+        """Whether no curvature shows: the bend is no more than rounding."""
+        return abs(self.bend) <= self.rounding
+
 
 @dataclass(frozen=True, slots=True)
 class Parabola:
@@ -104,11 +125,9 @@ class Parabola:
 
         Through two and the slope there, if one was not measured.
         """
-        rise = points.uphill - points.centre
-        fall = points.minus - points.centre
         return cls(
             slope=_divide(points.uphill - points.minus, 2.0 * points.radius),
-            curvature=_divide(_divide(rise + fall, 2.0 * points.radius), points.radius),
+            curvature=_divide(_divide(points.bend, 2.0 * points.radius), points.radius),
         )
 
     @property
@@ -369,6 +388,7 @@ class Evidence:
     booked: int = 0
     proved: int = 0
     ceiling: float = 0.0
+    share: ClassVar[float] = 1.0
 
     CLEARLY = 1.0
     """Spreads by which the loss falls in a proof."""
@@ -504,12 +524,17 @@ class Noise:
 class Agreement:
     """Whether the slope that the gradient tells is the one that the losses show.
 
-    Then one probe is enough for a parabola. Where gradients are clipped or accumulated, flow
-    straight through a rounding or are not those of the loss for other reasons, it is not; so two
-    probes tell first, and now and then for as long as they agree.
+    Then one probe is enough for a parabola. Where gradients flow straight through a rounding, or
+    are not those of the loss for other reasons, it is not; so two probes tell first, and now and
+    then for as long as they agree.
+
+    A wrong slope puts the curvature off, the more the nearer in the probe is, and by that the
+    vertex. So what is compared are the curvatures: relative to the larger one, or to the one that
+    would have the share of the vertex that is believed where the probe is, if that is larger still
+    and the vertex too far out to be taken at all.
 
     Attributes:
-        apart: the running mean of the difference of the two, relative to the larger one.
+        apart: the running mean of their difference, so compared.
         newest: the last of these differences.
         checks: how many differences are in it.
         measured: how many measurements there were.
@@ -525,7 +550,7 @@ class Agreement:
     WEIGHT = 0.1
     """Of the newest difference."""
     MOST = 0.3
-    """The mean difference up to which they agree."""
+    """The difference up to which they agree: at the vertex 0.15 of the slope."""
 
     @property
     def holds(self) -> bool:
@@ -537,19 +562,29 @@ class Agreement:
         """Whether the next measurement takes two probes."""
         return not self.holds or self.newest > self.MOST or self.measured % self.EVERY == 0
 
-    def book(self, points: Points) -> Agreement:
-        """Enters a measurement, and the difference of the slopes where it has both."""
-        if not math.isfinite(points.slope):
+    def book(self, points: Points, share: float) -> Agreement:
+        """Enters a measurement, and a difference where it has both a second probe and a slope.
+
+        Args:
+            points: what was measured.
+            share: the share of the vertex that is believed.
+        """
+        if not (points.own and math.isfinite(points.slope)):
             return Agreement()
         entered = replace(self, measured=self.measured + 1)
         if points.plus is None or points.flat:
             return entered
-        shown = Parabola.fit(points).slope
-        if not math.isfinite(shown):
+        fits = Parabola.fit(points), Parabola.fit(replace(points, plus=None))
+        steepest = max(abs(fit.slope) for fit in fits)
+        largest = max(abs(fit.curvature) for fit in fits)
+        shown, told = (fit.curvature for fit in fits)
+        scale = max(largest, share * _divide(steepest, 2.0 * points.radius))
+        newest = abs(_divide(shown - told, scale))
+        if math.isnan(newest):
             return entered
-        newest = abs(shown - points.slope) / max(abs(shown), abs(points.slope))
+        newest = min(newest, 2.0)
         checks = self.checks + 1
-        apart = self.apart + max(self.WEIGHT, 1.0 / checks) * (min(newest, 1.0) - self.apart)
+        apart = self.apart + max(self.WEIGHT, 1.0 / checks) * (newest - self.apart)
         return replace(entered, apart=apart, newest=newest, checks=checks)
 
 
@@ -602,7 +637,7 @@ class Safeguarded:
     """Fits in a row, with vertices off by more than a factor of ten, that end an average."""
     SIGNAL = 1e3
     """Probes go out to where the curvature shows this many times above rounding."""
-    OUTERMOST = 0.25
+    OUTERMOST = Points.MUCH
     """But not to where it is more than this part of the loss, as coarse types would have it."""
 
     def loaded(self, state: dict[str, Any]) -> Safeguarded:
@@ -639,13 +674,13 @@ class Safeguarded:
         half, on a rising line or on a non-finite one, the parameters wait for the next measurement.
         """
         rate = _clamp(rate)
-        agreement = self.agreement.book(points)
+        share = 1.0 if self.ledger is None else self.ledger.share
+        agreement = self.agreement.book(points, share)
         search = replace(self, agreement=agreement)
         if agreement.holds and points.finite:
+            # Checks included, the fits that are averaged are of one kind.
             points = replace(points, plus=None)
-        fit = Parabola.fit(points)
-        bend = abs(points.uphill - points.centre + (points.minus - points.centre))
-        drowned = bend <= points.rounding
+        fit, drowned = Parabola.fit(points), points.straight
         if math.isfinite(points.centre):
             search = search._book(points, rate, Parabola(0.0, 0.0) if drowned else fit)
         if not (points.finite and fit.finite):
@@ -662,7 +697,7 @@ class Safeguarded:
         level = self._level(abs(points.centre))
         most = self.OUTERMOST * max(abs(points.centre), level)
         signal = min(self.SIGNAL * points.rounding, most)
-        reach = points.radius * math.sqrt(signal / bend)
+        reach = points.radius * math.sqrt(signal / abs(points.bend))
         calm = self.calm + 1
         tracked = replace(averaged, calm=calm, level=level, reach=reach)
         cut = replace(tracked, calm=0)
@@ -699,7 +734,9 @@ class Safeguarded:
         ledger = self.ledger if self.level else self.ledger.open(loss)
         promise = rate * (fit.slope - fit.curvature * rate)
         promise = max(0.0, promise) if math.isfinite(promise) else 0.0
-        noise = self.noise.book((*points.path, loss), promise, rate * abs(fit.slope))
+        noise = self.noise
+        if points.finite:
+            noise = noise.book((*points.path, loss), promise, rate * abs(fit.slope))
         return replace(self, noise=noise, ledger=ledger.book(loss, rate, promise))
 
     def _retreat(
@@ -717,9 +754,10 @@ class Safeguarded:
         """No curvature shows: sends the probes further out.
 
         A step whose whole effect drowns in rounding is too small and harmless, so the first rate
-        follows the probes; where a slope does show, or once did, it does not.
+        follows the probes; where a slope does show, or once did, it does not. Nor does it where the
+        gradient tells that a slope should have shown long ago.
         """
-        if not self.fits and points.flat:
+        if not self.fits and points.flat and not points.blind:
             rate = max(rate, _clamp(points.radius))
         return (
             replace(self, reach=_clamp(10.0 * points.radius)),
