@@ -35,6 +35,24 @@ def sample(parabola: Parabola, radius: float, floor: float = 1.0, resolution=2.0
     return Points(radius, at(radius), at(0.0), at(-radius), resolution)
 
 
+class Trusting:
+    """Takes every vertex at its word."""
+
+    share = 1.0
+
+    def open(self, loss):
+        return self
+
+    def book(self, loss, rate, promise):
+        return self
+
+    def limit(self, rate, wish, bounded=True):
+        return wish
+
+    def trusted(self, parabola, level):
+        return parabola.minimiser
+
+
 def doubting() -> Safeguarded:
     return Safeguarded(smoothing=0.99, growth=1.1, ledger=Ledger.open(0.0))
 
@@ -46,7 +64,7 @@ def wary() -> Safeguarded:
 def heeding(checks=Agreement.FIRST) -> Safeguarded:
     """A search that has found so many times that gradients tell the slope."""
     agreement = Agreement(checks=checks, measured=1)
-    return Safeguarded(smoothing=0.9, growth=3.0, agreement=agreement)
+    return Safeguarded(smoothing=0.9, growth=3.0, ledger=Trusting(), agreement=agreement)
 
 
 def book(kind, losses, promise):
@@ -57,7 +75,7 @@ def book(kind, losses, promise):
 
 
 def fresh() -> Safeguarded:
-    return Safeguarded(smoothing=0.9, growth=2.0)
+    return Safeguarded(smoothing=0.9, growth=2.0, ledger=Trusting())
 
 
 @given(st.floats(-100, 100), st.floats(-100, 100), st.floats(0.01, 10))
@@ -351,7 +369,7 @@ class TestSafeguarded:
         self, rate, faults, vertex, gain, loss, resolution, smoothing
     ):
         """From any rate and after any faults: no state latches."""
-        search = Safeguarded(smoothing, growth=2.0)
+        search = Safeguarded(smoothing, growth=2.0, ledger=Trusting())
         for losses in faults:
             search, decision = search.decide(rate, Points(search.radius(rate), *losses, resolution))
             rate = decision.rate
@@ -429,18 +447,18 @@ class TestSafeguarded:
         assert rate == pytest.approx(0.5, rel=0.2)
 
     def test_the_probes_stay_within_what_single_precision_can_multiply_a_step_by(self):
-        far = Safeguarded(smoothing=0.9, growth=2.0, reach=1e30)
+        far = replace(fresh(), reach=1e30)
         assert far.radius(1.0) == 1e30
         assert far.radius(1e-30) == 1.0
 
     def test_probes_that_went_too_far_do_not_condemn_the_rate(self):
-        far = Safeguarded(smoothing=0.9, growth=2.0, reach=1e3)
+        far = replace(fresh(), reach=1e3)
         search, decision = far.decide(0.1, Points(1e3, math.inf, 1.0, math.inf))
         assert decision.rate == 0.1
         assert search.radius(decision.rate) == 0.1
 
     def test_smoothing_averages_slope_and_curvature_one_by_one(self):
-        search = Safeguarded(smoothing=0.5, growth=2.0)
+        search = replace(fresh(), smoothing=0.5)
         search, _ = search.decide(1.0, sample(Parabola(2.0, 1.0), 1.0))
         search, decision = search.decide(1.0, sample(Parabola(4.0, 3.0), 1.0))
         assert search.parabola.slope == pytest.approx(3.0)

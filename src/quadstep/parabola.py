@@ -603,6 +603,7 @@ class Safeguarded:
         slowing: whether that factor falls towards one with the measurements since the last cut, so
             that the rate rises with a power of their number: warily where training starts, and
             hardly where a model fits all data, whose loss flattens out without a bound.
+        ledger: what is known of kept promises.
         parabola: the running parabola, per unit of rate.
         fits: how many fits are in it.
         calm: measurements since the last cut of the rate.
@@ -611,11 +612,11 @@ class Safeguarded:
         strikes: how many fits in a row contradicted the running parabola.
         noise: of the losses, where there are steps between two measurements.
         agreement: of the gradient's slope with the losses.
-        ledger: what is known of kept promises; None takes every vertex at its word.
     """
 
     smoothing: float
     growth: float
+    ledger: Ledger | Evidence
     slowing: bool = False
     parabola: Parabola = Parabola(0.0, 0.0)
     fits: int = 0
@@ -625,7 +626,6 @@ class Safeguarded:
     strikes: int = 0
     noise: Noise = Noise()
     agreement: Agreement = Agreement()
-    ledger: Ledger | Evidence | None = None
 
     SHRINK = 0.1
     """The smallest factor by which one measurement lowers the rate."""
@@ -642,15 +642,12 @@ class Safeguarded:
 
     def loaded(self, state: dict[str, Any]) -> Safeguarded:
         """Takes over a state that was saved with `asdict`."""
-        ledger = self.ledger
-        if ledger is not None:
-            saved: dict[str, Any] = state["ledger"]
-            ledger = replace(ledger, **saved | {"trend": Trend(**saved["trend"])})
+        saved: dict[str, Any] = state["ledger"]
         state = state | {
             "parabola": Parabola(**state["parabola"]),
             "noise": Noise(**state["noise"]),
             "agreement": Agreement(**state["agreement"]),
-            "ledger": ledger,
+            "ledger": replace(self.ledger, **saved | {"trend": Trend(**saved["trend"])}),
         }
         return Safeguarded(**state)
 
@@ -674,8 +671,7 @@ class Safeguarded:
         half, on a rising line or on a non-finite one, the parameters wait for the next measurement.
         """
         rate = _clamp(rate)
-        share = 1.0 if self.ledger is None else self.ledger.share
-        agreement = self.agreement.book(points, share)
+        agreement = self.agreement.book(points, self.ledger.share)
         search = replace(self, agreement=agreement)
         if agreement.holds and points.finite:
             # Checks included, the fits that are averaged are of one kind.
@@ -705,20 +701,17 @@ class Safeguarded:
         wish = _clamp(rate * growth)
         ledger = search.ledger
         bounded = parabola.curvature > 0.0
-        limit = wish if ledger is None else _clamp(ledger.limit(rate, wish, bounded))
+        limit = _clamp(ledger.limit(rate, wish, bounded))
         lowered = Reason.SHRUNK if limit < rate else None
         settled = growth <= self.SLOWLY
         if parabola.slope <= 0.0:
             return cut, Decision(_clamp(rate / self.growth), 0.0, Reason.ASCENT)
         if not bounded:
             return tracked, Decision(limit, limit, lowered or Reason.CONCAVE)
-        vertex = parabola.minimiser if ledger is None else ledger.trusted(parabola, level)
-        minimiser = _clamp(vertex)
+        minimiser = _clamp(ledger.trusted(parabola, level))
         if minimiser > limit:
             # The step is one that the probes can vouch for, the next probes go further.
-            trailing = minimiser / self.TRAIL
-            if ledger is not None:
-                trailing = ledger.limit(rate, trailing) if limit == wish else 0.0
+            trailing = ledger.limit(rate, minimiser / self.TRAIL) if limit == wish else 0.0
             return tracked, Decision(max(limit, trailing), limit, lowered or Reason.GROWN, settled)
         if minimiser < rate * self.SHRINK:
             return cut, Decision(_clamp(rate * self.SHRINK), 0.0, Reason.SHRUNK)
@@ -728,8 +721,6 @@ class Safeguarded:
 
     def _book(self, points: Points, rate: float, fit: Parabola) -> Safeguarded:
         """Enters a loss, and the decrease that a step promises there, in the ledger."""
-        if self.ledger is None:
-            return self
         loss = points.centre
         ledger = self.ledger if self.level else self.ledger.open(loss)
         promise = rate * (fit.slope - fit.curvature * rate)

@@ -41,7 +41,7 @@ from quadstep.line import Block, Line
 BATCH = 64
 
 BLOCK = 10
-"""How many steps make a turn: a multiple of the interval between two measurements."""
+"""How many steps make a turn: the interval between two measurements, at times one more."""
 
 PATIENCE = 300.0
 """After so many seconds on one model no round begins, but for the first `LEAST`."""
