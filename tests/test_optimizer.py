@@ -1002,6 +1002,12 @@ class TestErrors:
                 "small one such as 1e-4 is safe",
             ),
             (
+                lambda p: LQA(p, weight_decay=False),
+                ValueError,
+                "weight_decay must be a finite number, not negative, got False; 0.01 is common, 0 "
+                "turns it off",
+            ),
+            (
                 lambda p: LQA.paper(p, delta0=math.nan),
                 ValueError,
                 "delta0 must be a positive finite number, got nan; it is only the first rate, a "

@@ -861,9 +861,13 @@ def _check_every(value: Any) -> None:
         raise ValueError(f"every must be a whole number of steps, at least 1, got {value!r}")
 
 
+def _number(value: Any) -> float:
+    """The value of any real number; not a number for anything else, flags included."""
+    return float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+
+
 def _check_delta0(value: Any) -> None:
-    number = isinstance(value, Real) and value is not True
-    if not (number and 0.0 < float(value) < math.inf):
+    if not 0.0 < _number(value) < math.inf:
         raise ValueError(
             f"delta0 must be a positive finite number, got {value!r}; "
             "it is only the first rate, a small one such as 1e-4 is safe"
@@ -871,8 +875,7 @@ def _check_delta0(value: Any) -> None:
 
 
 def _check_weight_decay(value: Any, direction: Direction) -> None:
-    number = isinstance(value, Real) and value is not True
-    if not (number and 0.0 <= float(value) < math.inf):
+    if not 0.0 <= _number(value) < math.inf:
         raise ValueError(
             f"weight_decay must be a finite number, not negative, got {value!r}; "
             "0.01 is common, 0 turns it off"

@@ -574,12 +574,11 @@ class Agreement:
         entered = replace(self, measured=self.measured + 1)
         if points.plus is None or points.flat:
             return entered
-        fits = Parabola.fit(points), Parabola.fit(replace(points, plus=None))
-        steepest = max(abs(fit.slope) for fit in fits)
-        largest = max(abs(fit.curvature) for fit in fits)
-        shown, told = (fit.curvature for fit in fits)
+        shown, told = Parabola.fit(points), Parabola.fit(replace(points, plus=None))
+        steepest = max(abs(shown.slope), abs(told.slope))
+        largest = max(abs(shown.curvature), abs(told.curvature))
         scale = max(largest, share * _divide(steepest, 2.0 * points.radius))
-        newest = abs(_divide(shown - told, scale))
+        newest = abs(_divide(shown.curvature - told.curvature, scale))
         if math.isnan(newest):
             return entered
         newest = min(newest, 2.0)
