@@ -42,6 +42,19 @@ def test_each_fault_on_each_call(name, kind, call):
     assert math.isfinite(job.loss())
 
 
+def test_what_repeats_a_loss_gives_no_rate():
+    """With two probes that is the third call of four, with one the last of three."""
+    job = soak._Job("lqa", seed=0)
+    assert soak._survive(job, "nan", call=3) is None
+    assert job.optimizer.report.forwards == 4
+    for _ in range(98):
+        job.optimizer.step(job.closure())
+    # Puts the measurements that repeat the loss and those that take both probes out of step.
+    assert soak._survive(job, "nan", call=1) is True
+    assert soak._survive(job, "nan", call=3) is None
+    assert job.optimizer.report.forwards == 3
+
+
 def test_a_trace_would_be_seen(monkeypatch):
     job = soak._Job("lqa", seed=0)
 

@@ -89,6 +89,10 @@ class _Job:
         """Copies of the parameters and buffers."""
         return [value.clone() for value in self.model.state_dict().values()]
 
+    def parameters(self) -> list[Tensor]:
+        """Copies of the parameters."""
+        return [param.detach().clone() for param in self.model.parameters()]
+
     def loss(self) -> float:
         """The loss over the whole training set, of the averaged weights where there are any."""
         self.optimizer.eval()
@@ -175,15 +179,16 @@ def _survive(job: _Job, kind: str, call: int) -> bool | None:
         job.reload()
         return _same(before, job.tensors())
     loss, calls = job.closure(), 0
-    struck = False
+    struck = repeats = False
+    start = job.parameters()
 
     def closure() -> Tensor:
-        nonlocal calls, struck
+        nonlocal calls, struck, repeats
         calls += 1
         value = loss()
         if calls != call:
             return value
-        struck = True
+        struck, repeats = True, calls > 1 and _same(start, job.parameters())
         if kind == "exception":
             raise _Exception
         if kind == "interrupt":
@@ -198,7 +203,6 @@ def _survive(job: _Job, kind: str, call: int) -> bool | None:
         job.optimizer.step(closure)
     except (_Exception, _Interrupt):
         return _same(before, job.tensors())
-    repeats = job.optimizer.report.forwards == 4 and call == 3
     if not struck or repeats or (kind == "gradient" and call > 1):
         return None
     undone = job.optimizer.report.reason is Reason.NON_FINITE
