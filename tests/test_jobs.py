@@ -3,6 +3,8 @@
 import copy
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -758,6 +760,276 @@ class TestClosuresThatMisbehave:
         assert identical(before, values(task.model))
 
 
+class Differing(nn.Module):
+    """Computes otherwise where gradients are off, in whatever way."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def forward(self, input):
+        if torch.is_grad_enabled() or self.way == "not at all":
+            return input
+        return input * 0.5 if self.way == "smaller" else input + 0.3
+
+
+class TestForwardPassesThatDifferWithoutGradients:
+    @pytest.mark.parametrize("way", ["smaller", "shifted"])
+    @pytest.mark.parametrize("two_phases", [False, True])
+    def test_are_probed_with_gradients(self, configuration, way, two_phases):
+        tasks = [classification(nn.Linear(8, 16), Differing(way), nn.Tanh(), nn.Linear(16, 3))]
+        tasks.append(copy.deepcopy(tasks[0]))
+        opts = [configuration(task.model.parameters()) for task in tasks]
+        for step in range(40):
+            for opt, closure in (
+                (opts[0], tasks[0].closure(step)),
+                (opts[1], torch.enable_grad()(tasks[1].closure(step))),
+            ):
+                loss = backward_of(opt, closure) if two_phases else None
+                opt.step(closure, loss=loss)
+        assert identical(values(tasks[0].model), values(tasks[1].model))
+        assert opts[0].rate == opts[1].rate
+
+    @pytest.mark.parametrize("resumes", [False, True])
+    def test_from_some_step_on(self, resumes):
+        """As where a part of a model goes into eval mode."""
+        task = classification(
+            nn.Linear(8, 16), Differing("not at all"), nn.Tanh(), nn.Linear(16, 3)
+        )
+        opt = LQA(task.model.parameters())
+        for step in range(600):
+            if step == 105:
+                task.model[1].way = "shifted"
+            if resumes and step == 300:
+                state = copy.deepcopy(opt.state_dict())
+                opt = LQA(task.model.parameters())
+                opt.load_state_dict(state)
+            opt.step(task.closure(step))
+        assert 1e-4 < opt.rate < 1.0
+        assert full_loss_with_gradients(task) < 0.6
+
+    def test_a_closure_that_does_not_repeat_with_gradients_either_is_probed_without(self):
+        task, enabled = classification(), []
+        opt = LQA(task.model.parameters(), direction="sgd")
+        steps = iter(range(10**6))
+
+        def closure():
+            enabled.append(torch.is_grad_enabled())
+            return task.closure(next(steps))()
+
+        with pytest.warns(UserWarning, match="the closure returned"):
+            opt.step(closure)
+        assert opt.report.forwards == len(enabled) == 7
+        enabled.clear()
+        opt.step(closure)
+        assert enabled == [True, False, False]
+
+    @pytest.mark.parametrize(
+        "needs",
+        [
+            lambda logits: functional.cross_entropy(
+                logits, logits.detach().argmax(1)
+            ).grad_fn.name(),
+            lambda logits: logits.mul(int(logits.requires_grad) or "no"),
+            lambda logits: {True: [0], False: []}[logits.requires_grad].index(0),
+        ],
+    )
+    def test_closures_may_fail_without_gradients_in_words_of_their_own(self, needs):
+        task, eager = classification(), classification()
+        opts = [LQA(each.model.parameters()) for each in (task, eager)]
+        for step in range(12):
+
+            def closure(task=task, step=step):
+                needs(task.model(task.inputs[:4]))
+                return task.closure(step)()
+
+            opts[0].step(closure)
+            opts[1].step(torch.enable_grad()(eager.closure(step)))
+        assert identical(values(task.model), values(eager.model))
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+    @pytest.mark.parametrize("two_phases", [False, True])
+    @pytest.mark.parametrize("begins", [0, 60])
+    def test_the_fast_path_of_an_encoder_beside_dropout(self, two_phases, begins):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        body = nn.TransformerEncoder(layer, 1)
+        head = nn.Sequential(nn.Dropout(0.1), nn.Linear(16, 4))
+        model = nn.ModuleList([nn.Embedding(12, 16), body, head])
+        tokens = torch.randint(12, (128, 8))
+        padded = torch.arange(8) >= torch.randint(3, 7, (128, 1))
+        opt, enabled = LQA(model.parameters()), []
+        for step, rows in enumerate(torch.randint(128, (200, 32))):
+            if step == begins:
+                body.eval()
+
+            def closure(rows=rows):
+                enabled.append(torch.is_grad_enabled())
+                hidden = body(model[0](tokens[rows]), src_key_padding_mask=padded[rows])
+                return functional.cross_entropy(head(hidden.mean(1)), tokens[rows, 0] % 4)
+
+            loss = backward_of(opt, closure) if two_phases else None
+            opt.step(closure, loss=loss)
+        assert all(enabled[-30:])
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+    def test_the_fast_path_of_an_encoder(self):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        body = nn.TransformerEncoder(layer, 1)
+        body.eval()
+        model = nn.ModuleList([nn.Embedding(12, 16), body, nn.Linear(16, 4)])
+        tokens = torch.randint(12, (128, 8))
+        padded = torch.arange(8) >= torch.randint(3, 7, (128, 1))
+        opt = LQA(model.parameters())
+        for rows in torch.randint(128, (200, 32)):
+
+            def closure(rows=rows):
+                hidden = body(model[0](tokens[rows]), src_key_padding_mask=padded[rows])
+                return functional.cross_entropy(model[2](hidden.mean(1)), tokens[rows, 0] % 4)
+
+            loss = opt.step(closure)
+        assert loss < 0.3
+
+
+def full_loss_with_gradients(task: Task) -> float:
+    return functional.cross_entropy(task.model(task.inputs), task.labels).item()
+
+
+def test_threads_train_side_by_side():
+    def train(seed):
+        task = classification(seed=seed)
+        opt = LQA(task.model.parameters())
+        for step in range(150):
+            opt.step(task.closure(step))
+        return values(task.model)
+
+    alone = [train(seed) for seed in (0, 0)]
+    assert identical(*alone)
+    tasks = [classification() for _ in range(3)]
+    opts = [LQA(task.model.parameters()) for task in tasks]
+
+    def run(index):
+        for step in range(150):
+            opts[index].step(tasks[index].closure(step))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3)))
+    for task in tasks:
+        assert identical(values(task.model), alone[0])
+
+
+class TestOutOfMemory:
+    MESSAGE = (
+        r"^the last 3 measurements ran out of memory, so training goes on at the rate in force, "
+        r"\S+: a probe holds one more copy of the parameters and runs the model forward; make the "
+        r"batches smaller, or free memory before step\(\)$"
+    )
+    ERRORS = (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't "
+            "allocate memory: you tried to allocate 8 bytes"
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        MemoryError(),
+    )
+
+    @staticmethod
+    def probing(task, step, error):
+        """A closure whose probes run out of memory, and no gradient pass."""
+
+        def closure():
+            if not torch.is_grad_enabled():
+                raise error
+            return task.closure(step)()
+
+        return closure
+
+    @pytest.mark.parametrize("error", ERRORS)
+    def test_in_probes_is_told_and_training_goes_on_at_the_rate_in_force(
+        self, configuration, error
+    ):
+        task = classification()
+        opt = configuration(task.model.parameters())
+        start, first = values(task.model), full_loss(task)
+        for step in range(2):
+            with pytest.raises(type(error)):
+                opt.step(self.probing(task, step, error))
+        assert identical(start, values(task.model))
+        with pytest.warns(UserWarning, match=self.MESSAGE) as caught:
+            opt.step(self.probing(task, 2, error))
+        assert caught[0].filename == __file__
+        assert opt.report.reason is Reason.HELD
+        rate = opt.rate
+        for step in range(3, 100):
+            opt.step(self.probing(task, step, error))
+        assert opt.rate == rate
+        assert full_loss(task) < first
+        # There is memory again.
+        for step in range(100, 150):
+            opt.step(task.closure(step))
+        assert opt.report.counts[Reason.HELD] < 149
+        assert opt.rate != rate
+
+    def test_now_and_then_is_the_callers(self):
+        task = classification()
+        opt = LQA(task.model.parameters(), direction="sgd")
+        for step in range(30):
+            if step % 3:
+                with pytest.raises(MemoryError):
+                    opt.step(self.probing(task, step, MemoryError()))
+            else:
+                opt.step(task.closure(step))
+
+    def test_in_the_gradient_pass_is_the_callers(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+
+        def closure():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        for _ in range(30):
+            with pytest.raises(torch.OutOfMemoryError):
+                opt.step(closure)
+
+    def test_any_other_error_in_probes_is_the_callers(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        for step in range(30):
+            with pytest.raises(RuntimeError, match="shapes"):
+                opt.step(self.probing(task, step, RuntimeError("shapes do not match")))
+
+
+def test_a_librarys_closure_that_runs_backward_is_not_warned_of(tmp_path, monkeypatch):
+    """Its user cannot change it."""
+    source = (
+        "from functools import partial\n"
+        "def run(loss):\n    value = loss()\n    value.backward()\n    return value\n"
+        "class Closure:\n    def __init__(self, loss):\n        self.loss = loss\n"
+        "    def __call__(self):\n        return run(self.loss)\n"
+        "    def run(self):\n        return self()\n"
+    )
+    (tmp_path / "framework.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(optimizer.sysconfig, "get_path", lambda kind: str(tmp_path))
+    import framework
+
+    task = classification()
+    for make in (
+        lambda loss: partial(framework.run, loss),
+        framework.Closure,
+        lambda loss: framework.Closure(loss).run,
+        lambda loss: partial(partial(framework.Closure(loss).run)),
+    ):
+        opt = LQA(task.model.parameters())
+        opt.step(make(task.closure()))
+        assert opt.report.backwards > 1
+    opt = LQA(task.model.parameters())
+    with pytest.warns(UserWarning, match="the closure calls backward"):
+        opt.step(lambda: framework.run(task.closure()))
+
+
 class Still:
     """A search that measures and stays."""
 
@@ -901,46 +1173,3 @@ class TestCheckpoints:
             f"{own[key]!r}; construct LQA as it was when it was saved"
         )
         assert same(opt.state_dict(), before)
-
-    def test_older_versions_are_upgraded_one_by_one(self, monkeypatch):
-        params = list(classification().model.parameters())
-        state = LQA(params).state_dict()
-        saved = state["param_groups"][0]["lqa"]
-        saved |= {"version": 1, "pause": saved.pop("wait")}
-
-        def two(saved):
-            return saved | {"version": 2, "delay": saved["pause"]}
-
-        def three(saved):
-            return saved | {"version": 3, "wait": saved["delay"] + 7}
-
-        monkeypatch.setattr(optimizer, "STATE_VERSION", 3)
-        monkeypatch.setattr(optimizer, "UPGRADES", {1: two, 2: three})
-        opt = LQA(params)
-        opt.load_state_dict(state)
-        assert opt._wait == 7
-
-    @pytest.mark.parametrize("version", [1, 2])
-    def test_a_state_of_an_older_version_loads(self, configuration, version):
-        """The first knew nothing of noise, nor the second of the slopes of gradients."""
-        task = classification()
-        opt = configuration(task.model.parameters())
-        for step in range(15):
-            opt.step(task.closure(step))
-        state = copy.deepcopy(opt.state_dict())
-        saved = state["param_groups"][0]["lqa"]
-        saved["version"] = version
-        saved["search"].pop("agreement", None)
-        if version == 1:
-            del saved["path"], saved["stretch"]
-            saved["search"].pop("noise", None)
-        other = copy.deepcopy(task)
-        loaded = configuration(other.model.parameters())
-        loaded.load_state_dict(state)
-        for step in range(15, 30):
-            opt.step(task.closure(step))
-            loaded.step(other.closure(step))
-        assert identical(values(task.model), values(other.model))
-
-    def test_every_older_version_has_an_upgrade(self):
-        assert set(optimizer.UPGRADES) == set(range(1, optimizer.STATE_VERSION))

@@ -25,6 +25,7 @@ from problems import (
 )
 from reference import algorithm_1
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
 from torch.nn import functional
 
@@ -132,11 +133,18 @@ class TestTheRate:
         torch.testing.assert_close(list(task.model.parameters()), expected, rtol=1e-12, atol=0)
 
     @pytest.mark.parametrize("start", [1e-12, 1e-3, 1e3, 1e6, 1e12])
-    @pytest.mark.parametrize("name", ["lqa", "lqa-auto"])
-    def test_recovers_from_any_rate_within_100_steps(self, name, start):
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda params, start: LQA(params, delta0=start),
+            lambda params, start: LQA(params, direction="sgd", delta0=start),
+            lambda params, start: LQA(torch.optim.AdamW(params, lr=start)),
+        ],
+        ids=["lqa-auto", "lqa", "lqa(adamw)"],
+    )
+    def test_recovers_from_any_rate_within_100_steps(self, build, start):
         task = classification()
-        opt = CONFIGURATIONS[name](task.model.parameters())
-        opt.param_groups[0]["lr"] = start
+        opt = build(task.model.parameters(), start)
         first = task.closure(0, 256)().item()
         for step in range(100):
             opt.step(task.closure(step))
@@ -207,6 +215,7 @@ class TestTheRate:
         task = classification()
         opt = LQA(task.model.parameters(), every=4)
         assert math.isnan(opt.report.loss)
+        assert (opt.report.reason, opt.report.counts) == (Reason.INITIAL, {})
         for step in range(80):
             loss = opt.step(task.closure(step))
         report = opt.report
@@ -516,46 +525,6 @@ class TestWrapping:
         assert opt.state is base.state
         assert opt.param_groups is base.param_groups
 
-    def test_a_scheduler_may_scale_the_rate(self):
-        task = classification()
-        opt = LQA(torch.optim.SGD(task.model.parameters(), lr=0.1))
-        scheduler = torch.optim.lr_scheduler.ConstantLR(opt, factor=0.5, total_iters=3)
-        for step in range(6):
-            opt.step(task.closure(step))
-            scheduler.step()
-        assert opt.rate > 0.0
-
-    @pytest.mark.parametrize("wrap", [LQA, lambda params: LQA(torch.optim.AdamW(params))])
-    def test_a_scheduler_that_leaves_no_measured_rate_in_force_is_told_once(self, wrap):
-        task = classification()
-        opt = wrap(task.model.parameters())
-        scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
-
-        def train():
-            for step in range(40):
-                opt.step(task.closure(step))
-                scheduler.step()
-
-        message = (
-            "the lr of the param groups was changed after each of the last 10 steps, so no "
-            "measured rate stays in force; leave the learning-rate scheduler out, LQA sets the "
-            "rate itself"
-        )
-        with pytest.warns(UserWarning, match=f"^{message}$") as caught:
-            train()
-        (warning,) = caught
-        assert warning.filename == __file__
-
-    def test_a_rate_that_is_set_now_and_then_is_nobodys_scheduler(self, configuration):
-        task = classification()
-        opt = configuration(task.model.parameters())
-        kept = torch.optim.lr_scheduler.MultiplicativeLR(opt, lambda step: 1.0)
-        for step in range(60):
-            opt.step(task.closure(step))
-            kept.step()
-            if step % 11 > 1:
-                opt.param_groups[0]["lr"] *= 0.99
-
     def test_averages_along_another_optimizer(self):
         task = classification()
         opt = LQA(torch.optim.SGD(task.model.parameters(), lr=0.01), averaging="schedule-free")
@@ -563,6 +532,248 @@ class TestWrapping:
             opt.step(task.closure(step))
         opt.eval()
         assert task.closure(0, 256)().item() < 0.7
+
+
+class TestNumbersOfNumpy:
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda p: LQA(
+                p, delta0=numpy.float32(1e-4), every=numpy.int64(5), weight_decay=numpy.float64(0)
+            ),
+            lambda p: LQA(
+                [{"params": p, "lr": numpy.float64(1e-4), "weight_decay": numpy.int8(0)}]
+            ),
+            lambda p: LQA(
+                torch.optim.AdamW(
+                    p,
+                    lr=numpy.float64(1e-3),
+                    betas=(numpy.float64(0.9), numpy.float64(0.99)),
+                    weight_decay=numpy.float64(0.1),
+                )
+            ),
+            lambda p: LQA.paper(p, delta0=numpy.float64(0.1)),
+        ],
+    )
+    @pytest.mark.parametrize("steps", [0, 3])
+    def test_are_pythons_in_checkpoints(self, build, steps):
+        task = classification()
+        first, *others = task.model.parameters()
+        opt = build([first])
+        opt.add_param_group({"params": others, "lr": numpy.float64(1e-4)})
+        for step in range(steps):
+            opt.step(task.closure(step))
+        file = io.BytesIO()
+        torch.save(opt.state_dict(), file)
+        file.seek(0)
+        build([first]).state_dict()
+        assert torch.load(file, weights_only=True)["param_groups"][1]["lr"] > 0.0
+
+
+@pytest.mark.parametrize("make", [LQA, LQA.paper])
+def test_no_lr_may_be_passed(make):
+    task = classification()
+    opt = make(task.model.parameters(), lr=None)
+    opt.add_param_group({"params": nn.Linear(2, 2).parameters(), "lr": None})
+    opt.step(task.closure())
+
+
+class TestWrappingKnowsWhatItWraps:
+    def test_trying_a_step_leaves_no_trace(self):
+        task = classification()
+        calls = []
+
+        class Noisy(torch.optim.SGD):
+            def step(self, closure=None):
+                calls.append(torch.rand(()))
+                for group in self.param_groups:
+                    group["steps"] = group.get("steps", 0) + 1
+                return super().step(closure)
+
+        base = Noisy(task.model.parameters(), lr=0.1)
+        base.register_step_pre_hook(lambda *_: calls.append("hook"))
+        torch.optim.lr_scheduler.StepLR(base, 1)
+        before, random = values(task.model), torch.get_rng_state()
+        LQA(base)
+        assert len(calls) == 1
+        assert "steps" not in base.param_groups[0]
+        assert not base.state
+        assert torch.equal(random, torch.get_rng_state())
+        assert identical(before, values(task.model))
+
+
+SCHEDULERS = {
+    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+    "warm-up": lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.01, total_iters=20),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(
+        o, 1.0, total_steps=100, cycle_momentum=False
+    ),
+    "swa": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.5),
+    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [
+            torch.optim.lr_scheduler.ConstantLR(o, 0.1, total_iters=5),
+            torch.optim.lr_scheduler.ExponentialLR(o, 0.5),
+        ],
+        milestones=[5],
+    ),
+}
+
+
+def test_optimizers_that_pass_modes_on_are_judged_by_what_they_wrap():
+    class Passing(Rated):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            super().__init__(optimizer.param_groups)
+
+        def train(self):
+            pass
+
+        def eval(self):
+            pass
+
+    params = [nn.Parameter(torch.ones(3))]
+    assert LQA(Passing(torch.optim.SGD(params, lr=0.1))).rate == 0.1
+    with pytest.raises(TypeError, match="modes of its own"):
+        LQA(Passing(Averaging(params)))
+
+
+def test_groups_may_go_and_come(configuration):
+    task = classification()
+    first, last = task.model[0], task.model[2]
+    opt = configuration([{"params": first.parameters()}, {"params": last.parameters()}])
+    for step in range(5):
+        opt.step(task.closure(step))
+    gone = opt.param_groups.pop()
+    for step in range(5):
+        opt.step(task.closure(step))
+    opt.param_groups.append(gone | {"lr": opt.rate, "measured_lr": opt.rate})
+    for step in range(5):
+        opt.step(task.closure(step))
+    assert opt.param_groups[0]["lr"] == pytest.approx(opt.param_groups[1]["lr"])
+
+
+def test_numbers_of_numpy_that_are_written_later_are_pythons_in_checkpoints():
+    opt = LQA(classification().model.parameters())
+    opt.param_groups[0]["weight_decay"] = numpy.float64(0.1)
+    decays = numpy.linspace(0.0, 1.0, 3)
+    opt.param_groups[0]["schedule"] = {"decays": decays, "at": [numpy.int64(3)]}
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    group = torch.load(file, weights_only=True)["param_groups"][0]
+    assert group["schedule"] == {"decays": [0.0, 0.5, 1.0], "at": [3]}
+
+
+def test_a_step_without_a_closure_is_named_at_a_rate_of_zero():
+    task = classification()
+    opt = LQA(task.model.parameters())
+    opt.param_groups[0]["lr"] = 0.0
+    task.closure()().backward()
+    with pytest.raises(TypeError, match=r"step\(\) needs a closure"):
+        opt.step()
+
+
+LR_MESSAGE = (
+    r"^lr was set to \S+ from outside, as a learning-rate scheduler does, and is ignored: LQA "
+    r"measures the rate, which stays at \S+; leave the scheduler out$"
+)
+
+
+class TestRatesFromOutside:
+    """The rate is the optimizer's own: what others write into lr is ignored, with one warning."""
+
+    @pytest.mark.parametrize("scheduler", SCHEDULERS)
+    @pytest.mark.parametrize("cadence", [1, 8])
+    def test_of_a_scheduler_are_ignored(self, configuration, scheduler, cadence):
+        plain, scheduled = classification(), classification()
+        opts = [configuration(task.model.parameters()) for task in (plain, scheduled)]
+
+        def train():
+            schedule = SCHEDULERS[scheduler](opts[1])
+            for step in range(40):
+                opts[0].step(plain.closure(step))
+                opts[1].step(scheduled.closure(step))
+                assert opts[1].param_groups[0]["lr"] == opts[0].rate
+                if step % cadence == cadence - 1:
+                    schedule.step()
+                    assert opts[1].rate == opts[0].rate
+
+        with pytest.warns(UserWarning, match=LR_MESSAGE) as caught:
+            train()
+        (warning,) = caught
+        assert warning.filename == __file__
+        assert identical(values(plain.model), values(scheduled.model))
+
+    @pytest.mark.parametrize("loss_given", [False, True])
+    def test_written_by_hand_are_ignored_at_any_time(self, configuration, loss_given):
+        plain, meddled = classification(), classification()
+        opts = [configuration(task.model.parameters()) for task in (plain, meddled)]
+
+        def train():
+            for step in range(30):
+                for opt, task in zip(opts, (plain, meddled), strict=True):
+                    loss = None
+                    if loss_given:
+                        opt.zero_grad()
+                        loss = task.closure(step)()
+                        loss.backward()
+                    opt.step(task.closure(step), loss=loss)
+                if step in (0, 17):
+                    opts[1].param_groups[0]["lr"] = 10.0
+
+        with pytest.warns(UserWarning, match=LR_MESSAGE) as caught:
+            train()
+        assert len(caught) == 1
+        assert identical(values(plain.model), values(meddled.model))
+
+    def test_are_no_part_of_a_checkpoint(self, configuration):
+        task = classification()
+        opt = configuration(task.model.parameters())
+        for step in range(12):
+            opt.step(task.closure(step))
+        opt.param_groups[0]["lr"] = 10.0
+        with pytest.warns(UserWarning, match=LR_MESSAGE):
+            state = copy.deepcopy(opt.state_dict())
+        other = configuration(copy.deepcopy(task).model.parameters())
+        other.load_state_dict(state)
+        assert other.rate == opt.rate != 10.0
+
+    def test_of_tensors_are_ignored_and_the_tensors_kept(self):
+        task = classification()
+        rate = torch.tensor(0.01)
+        opt = LQA(torch.optim.AdamW(task.model.parameters(), lr=rate, foreach=False))
+        for step in range(20):
+            opt.step(task.closure(step))
+        assert opt.param_groups[0]["lr"] is rate
+        assert opt.rate == rate.item() != 0.01
+        measured = opt.rate
+        rate.fill_(3.0)
+        with pytest.warns(UserWarning, match=LR_MESSAGE):
+            opt.step(task.closure())
+        assert opt.rate < 2.0 * measured
+
+    def test_a_schedule_that_changes_nothing_is_no_news(self, configuration):
+        task = classification()
+        opt = configuration(task.model.parameters())
+        kept = torch.optim.lr_scheduler.MultiplicativeLR(opt, lambda step: 1.0)
+        for step in range(30):
+            opt.step(task.closure(step))
+            kept.step()
+
+    def test_exceptions_that_are_caught_are_no_scheduler(self, configuration):
+        task = classification()
+        opt = configuration(task.model.parameters())
+
+        def failing():
+            raise ZeroDivisionError
+
+        for _ in range(30):
+            with pytest.raises(ZeroDivisionError):
+                opt.step(failing)
+        for step in range(5):
+            opt.step(task.closure(step))
 
 
 class TestNoTrace:
@@ -768,6 +979,7 @@ class TestClosures:
             opt.step(closure)
         assert identical(values(whole.model), values(parts.model))
 
+    @pytest.mark.filterwarnings("ignore:gradients were in place:UserWarning")
     def test_what_was_accumulated_is_cleared_for_a_closure_that_only_runs_forward(
         self, configuration
     ):
@@ -942,6 +1154,68 @@ class TestClosures:
             reference.step(lambda: functional.cross_entropy(eager.model(inputs), labels))
         torch.testing.assert_close(values(task.model), values(eager.model))
 
+    # Torch's compiler asks a loss that is handed on from one graph to the next.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+    @pytest.mark.parametrize("build", [LQA, lambda params: LQA(torch.optim.AdamW(params, lr=0.1))])
+    @pytest.mark.parametrize("kind", ["step", "train step", "partial", "two phases"])
+    def test_a_compiled_step_takes_the_same_steps(self, build, kind):
+        """Eagerly, without compiling it anew for each rate or batch."""
+        tasks = classification(), classification()
+        opts = [build(task.model.parameters()) for task in tasks]
+        frames = CompileCounter()
+        compiled = partial(torch.compile, backend=frames)
+
+        def loss(task, rows):
+            return functional.cross_entropy(task.model(task.inputs[rows]), task.labels[rows])
+
+        def plain(rows):
+            return opts[0].step(lambda: loss(tasks[0], rows))
+
+        step = compiled(opts[1].step)
+
+        def partial_step(rows):
+            return step(partial(loss, tasks[1], rows))
+
+        @compiled
+        def train_step(rows):
+            return opts[1].step(lambda: loss(tasks[1], rows))
+
+        @compiled
+        def two_phases(rows):
+            opts[1].zero_grad()
+            first = loss(tasks[1], rows)
+            first.backward()
+            opts[1].step(lambda: loss(tasks[1], rows), loss=first)
+            return first.detach()
+
+        def two_plain_phases(rows):
+            opts[0].zero_grad()
+            first = loss(tasks[0], rows)
+            first.backward()
+            return opts[0].step(lambda: loss(tasks[0], rows), loss=first)
+
+        steps = {
+            "step": (plain, lambda rows: step(lambda: loss(tasks[1], rows))),
+            "train step": (plain, train_step),
+            "partial": (plain, partial_step),
+            "two phases": (two_plain_phases, two_phases),
+        }
+        for batch in torch.randint(256, (60, 32)):
+            one, other = (take(batch) for take in steps[kind])
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert opts[0].rate == pytest.approx(opts[1].rate, rel=1e-3)
+        assert frames.frame_count <= 3
+
+    def test_what_is_compiled_within_a_step_stays_so(self):
+        task = classification()
+        frames = CompileCounter()
+        compiled = torch.compile(task.model, backend=frames)
+        opt = LQA(task.model.parameters())
+        for _ in range(40):
+            opt.step(lambda: functional.cross_entropy(compiled(task.inputs), task.labels))
+        # With gradients and without.
+        assert frames.frame_count == 2
+
     def test_probes_see_their_own_weights_under_autocast(self):
         """Autocast caches the cast weights: a probe must not be given the cached ones."""
         task = classification()
@@ -952,6 +1226,68 @@ class TestClosures:
 
 
 SPARSE = nn.Embedding(4, 2, sparse=True)
+
+
+class Rated(torch.optim.SGD):
+    """An optimizer with any lr, as Adafactor of Transformers has None."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=0.1)
+        for group in self.param_groups:
+            group["lr"] = lr
+
+
+class SharpnessAware(Rated):
+    """Takes a second gradient elsewhere, and says that it needs a closure."""
+
+    def step(self, closure=None):
+        assert closure is not None, "sharpness-aware minimisation needs a closure"
+        torch.enable_grad()(closure)()
+        return super().step()
+
+
+class SharpnessUnaware(Rated):
+    """The same, and finds out."""
+
+    def step(self, closure=None):
+        loss = closure()
+        super().step()
+        return loss
+
+
+class SteppedTwice(torch.optim.Optimizer):
+    """The same around another optimizer, which copies that are pickled do not have."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is not None
+        norm = torch.stack([p.grad.norm() for p in self.param_groups[0]["params"]]).norm()
+        torch.enable_grad()(closure)()
+        self.base_optimizer.step()
+        return norm
+
+
+class NeedsLoss(Rated):
+    """The same, by its signature."""
+
+    def step(self, closure):
+        super().step()
+        return closure()
+
+
+class Averaging(Rated):
+    """An optimizer with modes of its own, as schedule-free ones have."""
+
+    def train(self):
+        pass
+
+    def eval(self):
+        pass
 
 
 class TestErrors:
@@ -981,6 +1317,53 @@ class TestErrors:
                 ValueError,
                 "Optimizer has no lr in its param groups, so there is no rate to measure; use an "
                 "optimizer whose steps are in proportion to lr",
+            ),
+            *(
+                (
+                    lambda p, make=make, lr=lr: make(p, lr=lr),
+                    ValueError,
+                    "LQA measures the learning rate, so there is none to choose, got "
+                    f"lr={lr!r}; leave lr out or pass None (delta0 is only the first rate, and its "
+                    "default needs no tuning)",
+                )
+                for make in (LQA, LQA.paper, lambda p, lr: LQA(torch.optim.SGD(p), lr=lr))
+                for lr in (1e-3, 0, numpy.float32(0.5), "auto")
+            ),
+            *(
+                (
+                    lambda p, lr=lr: LQA(Rated(p, lr)),
+                    ValueError,
+                    f"Rated has lr={lr!r} in its param groups, which is no rate to measure from; "
+                    "construct it with a number for lr, and so that its steps are in proportion to "
+                    "it (Adafactor of Transformers with relative_step=False)",
+                )
+                for lr in (None, "auto", math.nan, -1.0, [0.1])
+            ),
+            *(
+                (
+                    lambda p, lr=lr: LQA([{"params": p, "lr": lr}]),
+                    ValueError,
+                    f"lr must be finite and not negative, got {lr!r}",
+                )
+                for lr in ("auto", math.inf)
+            ),
+            *(
+                (
+                    lambda p, kind=kind: LQA(kind(p)),
+                    TypeError,
+                    f"LQA cannot wrap {kind.__name__}, whose step() needs a closure of its own; "
+                    "wrap one that steps from the gradients alone, such as "
+                    "torch.optim.AdamW(params)",
+                )
+                for kind in (SharpnessAware, SharpnessUnaware, SteppedTwice, NeedsLoss)
+            ),
+            (
+                lambda p: LQA(Averaging(p)),
+                TypeError,
+                "LQA cannot wrap Averaging, which has train() and eval() modes of its own and "
+                "averages its iterates; LQA(params) does so, too, and "
+                'LQA(torch.optim.AdamW(params), averaging="schedule-free") around another '
+                "optimizer",
             ),
             (
                 lambda p: LQA(p, averaging="ema"),
@@ -1086,7 +1469,8 @@ class TestErrors:
                 lambda task: None,
                 TypeError,
                 "step() needs a closure that returns the loss, got NoneType; call it as "
-                "opt.step(lambda: loss_fn(model(x), y))",
+                "opt.step(lambda: loss_fn(model(x), y)), which runs backward itself, or after "
+                "loss.backward() as opt.step(closure, loss=loss)",
             ),
             (
                 lambda task: lambda: task.closure()().item(),
@@ -1180,7 +1564,11 @@ class TestErrors:
         opt = LQA(classification().model.parameters())
         state = opt.state_dict()
         state["param_groups"][0]["lqa"]["version"] = 99
-        with pytest.raises(ValueError, match="state_dict has version 99, newer than 3, the newest"):
+        message = (
+            r"^state_dict has version 99, and this quadstep reads version 4; load it with the "
+            r"quadstep that saved it$"
+        )
+        with pytest.raises(ValueError, match=message):
             opt.load_state_dict(state)
 
 

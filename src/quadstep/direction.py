@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from quadstep.arguments import check_shape
 from quadstep.line import Block, Line, at_hand, copies, is_distributed, local, parted, whole
 
 Group = dict[str, Any]
@@ -86,12 +87,7 @@ class NormalisedGradient:
                 if "square" not in own:
                     own["step"] = 0
                     own["square"] = torch.zeros_like(param)
-                elif own["square"].shape != param.shape:
-                    raise ValueError(
-                        f"a parameter has shape {tuple(param.shape)}, but had "
-                        f"{tuple(own['square'].shape)} when its state was made; forget that state "
-                        "with del opt.state[param], or construct LQA anew"
-                    )
+                check_shape(param, own["square"])
             for own in states:
                 own["step"] += 1
             # A weight that falls from 1 to (1 - decay) keeps the mean unbiased at every step.

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
+import sysconfig
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from numbers import Integral, Real
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from quadstep import arguments, gradients
 from quadstep.averaging import ScheduleFree
+from quadstep.diagnostics import Diagnostics
 from quadstep.direction import Direction, Displacement, Gradient, NormalisedGradient, real
 from quadstep.line import (
     Closure,
@@ -37,12 +39,10 @@ from quadstep.line import (
     whole,
 )
 from quadstep.parabola import (
-    Agreement,
     Decision,
     Evidence,
     Exact,
     Ledger,
-    Noise,
     Points,
     Reason,
     Safeguarded,
@@ -52,43 +52,39 @@ from quadstep.parabola import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
-
-def _deaf_to_noise(saved: dict[str, Any]) -> dict[str, Any]:
-    """Adds to a state of version 1 what is known of the noise in the losses: nothing."""
-    search = saved["search"] | {"noise": asdict(Noise())}
-    return saved | {"version": 2, "search": search, "path": [], "stretch": 1.0}
-
-
-def _heedless_of_gradients(saved: dict[str, Any]) -> dict[str, Any]:
-    """Adds to a state of version 2 what is known of the slopes of the gradients: nothing."""
-    search = saved["search"] | {"agreement": asdict(Agreement())}
-    return saved | {"version": 3, "search": search}
-
-
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: _deaf_to_noise,
-    2: _heedless_of_gradients,
-}
-"""What turns LQA's own part of a state of each older version into that of the next."""
+_RATE = "measured_lr"
+"""The entry of a param group that keeps its rate, whatever others write into its lr."""
 
 AUDIT = 100
-"""Of so many measurements one evaluates the loss twice at the same parameters."""
+"""The first measurement in so many steps evaluates the loss twice at the same parameters."""
 
-MEDDLED = 10
-"""After so many steps in a row with a rate that no step has left, a scheduler is suspected."""
+OUT_OF_MEMORY, RETRY = 3, 10
+"""After so many measurements in a row that ran out of memory, training goes on without one, and
+measures again after so many steps."""
 
 PATH = 100
 """Of the losses between two measurements so many are kept, the last."""
 
 _GOLDEN = (3.0 - math.sqrt(5.0)) / 2.0
 
-_SPENT = "_quadstep_spent"
-"""The attribute of a gradient that keeps the version at which a step has used it."""
+EQUAL, ALIKE, LOOKED_FOR = 0.999, 0.1, 100
+"""The cosines to the closure's own gradient from which one that was in place counts as the same,
+and, if it was clipped, scaled or accumulated, as one of the same loss; and in how many steps that
+is looked for."""
+
+STUCK = 3
+"""After so many measurements in a row without a step or a vertex the closure is audited."""
 
 _MISSES_GRADIENTS = re.compile("require.*grad")
-"""What the errors say of closures that cannot do without autograd."""
+"""What torch's errors say of closures that cannot do without autograd."""
+
+_RAN_BACKWARD = "backward through the graph a second time"
+"""What the error says where the graph of a loss is gone."""
+
+_NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|_ALLOC_FAILED")
+"""What the errors say where memory has run out."""
 
 CANCELLING = 1 / 64
 """What is left of the rounding errors of single values in their mean, the loss."""
@@ -120,6 +116,10 @@ class Report:
     counts: Mapping[Reason, int] = field(default_factory=dict[Reason, int])
 
 
+_NOTHING: tuple[Tensor | None, Reason, int, int] = (None, Reason.INITIAL, 0, 0)
+"""What there is to report before a step."""
+
+
 class LQA(Optimizer):
     """Learns without a learning rate: the rate is the minimiser of a measured parabola.
 
@@ -140,6 +140,7 @@ class LQA(Optimizer):
             The line that is measured includes it.
         process_group: the processes that train together, over which the measured losses are
             averaged. By default all processes; a group of one trains by itself.
+        lr: None, for frameworks that pass one to every optimizer: there is none to choose.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -159,29 +160,28 @@ class LQA(Optimizer):
         every: int | None = None,
         weight_decay: float | None = None,
         process_group: ProcessGroup | None = None,
+        lr: None = None,
     ) -> None:
-        if isinstance(params, torch.nn.Module):
-            raise TypeError(
-                f"params must be parameters, param groups or an optimizer, got a module, "
-                f"{type(params).__name__}; use LQA(model.parameters())"
-            )
+        arguments.check_lr(lr)
+        arguments.check_params(params)
         base: Optimizer | None = params if isinstance(params, Optimizer) else None
-        if base is not None:
-            _check_base(base, direction, delta0, weight_decay)
-        elif direction not in (None, "rms", "sgd"):
-            raise ValueError(
-                f'direction must be "rms" or "sgd", got {direction!r}; to follow another '
-                "optimizer's steps pass the optimizer itself: LQA(torch.optim.AdamW(params))"
+        if isinstance(base, LQA | torch.optim.LBFGS):
+            raise TypeError(
+                f"LQA cannot wrap {type(base).__name__}, which searches its own line; "
+                "pass the parameters, or an optimizer that takes plain steps"
             )
-        if averaging not in (None, "auto", "schedule-free"):
-            raise ValueError(f'averaging must be "schedule-free" or None, got {averaging!r}')
+        if base is not None:
+            given = {"direction": direction, "delta0": delta0, "weight_decay": weight_decay}
+            arguments.check_base(base, given)
+        arguments.check_direction(direction)
+        arguments.check_averaging(averaging)
         greedy = base is None and direction != "sgd"
         averaged = averaging == "schedule-free" or (averaging == "auto" and greedy)
         if every is not None:
-            _check_every(every)
+            arguments.check_every(every)
         if delta0 is None:
             delta0 = 1e-4 if greedy else 0.1
-        _check_delta0(delta0)
+        arguments.check_delta0(delta0)
         if weight_decay is None:
             weight_decay = 0.01 if greedy else 0.0
 
@@ -205,25 +205,34 @@ class LQA(Optimizer):
         self._path: deque[Tensor | float] = deque(maxlen=length)
         self._wait = 0
         self._moves = 0
-        self._left = math.nan
-        self._meddled = 0
         self._training = True
         self._closure_runs_backward = False
-        self._differentiates = False
-        self._audits = True
-        self._sees = True
+        self._probes_with_gradients = False
+        # The number of the last steps whose first measurement was audited.
+        self._audited = -1
+        # In a row: measurements without a step or a vertex, and those that ran out of memory.
+        self._stuck = 0
+        self._out_of_memory = 0
+        # Steps that found gradients in place that may have been dropped by mistake.
+        self._found_gradients = 0
         self._counts: Counter[Reason] = Counter()
-        self._last: tuple[Tensor | None, Reason, int, int] = (None, Reason.HELD, 0, 0)
+        self._last = _NOTHING
+        self._diagnostics = Diagnostics()
         self._surroundings = Surroundings()
         self._reached: set[int] = set()
         groups: Any = params if base is None else base.param_groups
-        own = {"lr": delta0, "weight_decay": weight_decay}
+        own = {"lr": float(delta0), "weight_decay": weight_decay}
         super().__init__(groups, own if base is None else base.defaults)
         self._share()
 
     @classmethod
     def paper(
-        cls, params: Any, delta0: float = 0.1, *, process_group: ProcessGroup | None = None
+        cls,
+        params: Any,
+        delta0: float = 0.1,
+        *,
+        process_group: ProcessGroup | None = None,
+        lr: None = None,
     ) -> Self:
         """Algorithm 1 to the letter: gradient direction, two probes a step, no safeguards.
 
@@ -235,7 +244,9 @@ class LQA(Optimizer):
             params: parameters or param groups.
             delta0: initial (small) learning rate, the first probe radius.
             process_group: the processes that train together, by default all.
+            lr: None, as in the constructor.
         """
+        arguments.check_lr(lr)
         if isinstance(params, Optimizer):
             raise TypeError(
                 "LQA.paper follows the gradient and takes parameters, not an optimizer; "
@@ -249,8 +260,8 @@ class LQA(Optimizer):
 
     @property
     def rate(self) -> float:
-        """The rate in force: the `lr` of the first group that has one other than zero."""
-        rates = [float(group["lr"]) for group in self.param_groups]
+        """The rate in force: that of the first group that has one other than zero."""
+        rates = (group.get(_RATE, 0.0) for group in self.param_groups)
         return next((rate for rate in rates if rate != 0.0), 0.0)
 
     @property
@@ -269,6 +280,8 @@ class LQA(Optimizer):
             counts={reason: self._counts[reason] for reason in Reason if self._counts[reason]},
         )
 
+    # Within a compiled train step it runs as it is; models and losses that are compiled stay so.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Closure | None = None, *, loss: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Takes one step; where all gradients are zero only a wrapped optimizer moves anything.
@@ -277,8 +290,9 @@ class LQA(Optimizer):
             closure: runs the model forward on this step's batch and returns the loss, a scalar
                 tensor. It is called with gradients enabled once, and twice more without where the
                 step measures, or once where the slope of the gradient fits to the losses. The first
-                and every hundredth measurement take one more call, to see that it returns the same
-                loss at the same parameters.
+                measurement in a hundred steps takes one more call, to see that it returns the same
+                loss at the same parameters. What counts calls, as a metric does, belongs outside of
+                it and takes the output of the first call.
             loss: for the two-phase use: the caller has run `loss.backward()` already, the
                 gradients are taken as they are and the closure is only probed (three times where
                 the step measures). Must be what the closure returns at the same parameters.
@@ -294,8 +308,8 @@ class LQA(Optimizer):
         if self._only_asks_for_state(closure):
             return self._make_state()
         closure = self._check_call(closure, loss)
+        self._reclaim_rates()
         rate, due, line = self.rate, self._wait == 0, None
-        self._suspect_scheduler(rate)
         own, probes = int(loss is None), 0
         before = self._surroundings.capture(self._devices() if due else None)
         try:
@@ -316,10 +330,11 @@ class LQA(Optimizer):
                 due = False
             keep = due or self._averaging is not None
             line = self._direction.line(self.param_groups, self.state, rate, keep)
-            if not due:
+            measured = self._measure(closure, loss, centre, line, before) if due else None
+            if measured is None:
                 decision = Decision(rate, rate, Reason.HELD)
             else:
-                points, probes = self._measure(closure, loss, centre, line, before)
+                points, probes = measured
                 self._search, decision = self._search.decide(rate, points)
                 if decision.reason is Reason.NON_FINITE and math.isfinite(points.centre):
                     before.restore()
@@ -330,7 +345,7 @@ class LQA(Optimizer):
             before.restore()
             raise
         finally:
-            self._spend_gradients()
+            gradients.mark_used(self._gradients())
         return self._finish(centre, decision, own, probes)
 
     @torch.no_grad()
@@ -364,17 +379,21 @@ class LQA(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as torch's optimizers do, with LQA's own under "lqa" in group 0."""
         self._share()
+        self._reclaim_rates()
         state = super().state_dict()
+        state["param_groups"] = arguments.with_python_numbers(state["param_groups"])
         state["param_groups"][0]["lqa"] = {
             "version": STATE_VERSION,
             "configuration": self.configuration,
             "search": asdict(self._search),
             "wait": self._wait,
             "moves": self._moves,
+            "audited": self._audited,
             # As long as a fresh optimizer's, for the same reason as all counts below.
-            "path": [*map(float, self._path), *(None for _ in range(self._missing))],
+            "path": [*map(float, self._path), *(None for _ in range(self._missing))] or [None],
             "stretch": 1.0 if self._averaging is None else self._averaging.stretch,
             "training": self._training,
+            "probes_with_gradients": self._probes_with_gradients,
             # All reasons: distributed checkpoints load the keys that a fresh optimizer has.
             "counts": {reason.value: self._counts[reason] for reason in Reason},
         }
@@ -404,27 +423,34 @@ class LQA(Optimizer):
         self._search = search
         self._wait = saved["wait"]
         self._moves = saved["moves"]
+        self._audited = saved["audited"]
         self._path.clear()
         self._path.extend(loss for loss in saved["path"] if loss is not None)
         if self._averaging is not None:
             self._averaging.stretch = saved["stretch"]
         self._training = saved["training"]
+        self._probes_with_gradients = saved["probes_with_gradients"]
+        self._last = _NOTHING
         self._counts = +Counter({Reason(key): count for key, count in saved["counts"].items()})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; without an `lr` of its own it gets the rate in force."""
-        rate = float(param_group.get("lr", 0.0))
-        if not 0.0 <= rate < math.inf:
-            raise ValueError(f"lr must be finite and not negative, got {rate!r}")
         if not isinstance(self._direction, Displacement):
+            for name in ("lr", "weight_decay"):
+                if param_group.get(name, 0.0) is None:
+                    del param_group[name]
             decay = param_group.get("weight_decay", self.defaults["weight_decay"])
-            _check_weight_decay(decay, self._direction)
+            decays = isinstance(self._direction, NormalisedGradient)
+            arguments.check_group(param_group | {"weight_decay": decay}, decays)
         if self._counts:
             param_group.setdefault("lr", self.rate)
         if self._counts and isinstance(self._direction, Displacement):
             self._direction.base.add_param_group(param_group)
         else:
             super().add_param_group(param_group)
+        param_group[_RATE] = float(param_group["lr"])
+        # What earlier backward passes have left there was not of a step of theirs.
+        gradients.mark_used(gradients.of(param_group["params"]))
         # Its modules may be ones that no closure has run yet.
         self._surroundings.look_again()
 
@@ -444,6 +470,20 @@ class LQA(Optimizer):
             self.param_groups = self._direction.base.param_groups
             self.state = self._direction.base.state
 
+    def _reclaim_rates(self) -> None:
+        """Sets the rates back that others have written since the last step, and warns once."""
+        for group in self.param_groups:
+            written = arguments.rate(group["lr"])
+            rate = group.setdefault(_RATE, written)
+            if written != rate:
+                self._diagnostics.warn(
+                    "lr",
+                    f"lr was set to {group['lr']!r} from outside, as a learning-rate scheduler "
+                    f"does, and is ignored: LQA measures the rate, which stays at {rate:.3g}; "
+                    "leave the scheduler out",
+                )
+                _set_lr(group, rate)
+
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
@@ -454,11 +494,16 @@ class LQA(Optimizer):
         return {param.device for param in self._parameters()}
 
     def _only_asks_for_state(self, closure: Any) -> bool:
-        """Whether this is `torch.distributed.checkpoint`, which steps a fresh optimizer at rate 0.
+        """Whether this is `torch.distributed.checkpoint`, which steps a fresh optimizer in vain.
 
-        It wants the state of every parameter to be there, to load a checkpoint into it.
+        At a rate of zero, with gradients of zero: it wants the state of every parameter to be
+        there, to load a checkpoint into it.
         """
-        return closure is None and not self.state and self.rate == 0.0
+        rates = (arguments.rate(group["lr"]) for group in self.param_groups)
+        if closure is not None or self.state or any(rates):
+            return False
+        grads = self._gradients()
+        return bool(grads) and all(map(gradients.is_zero, grads))
 
     def _make_state(self) -> Tensor:
         """Makes the state of the parameters that have gradients, as no step had been taken."""
@@ -474,29 +519,17 @@ class LQA(Optimizer):
         if not callable(closure):
             raise TypeError(
                 f"step() needs a closure that returns the loss, got {type(closure).__name__}; "
-                "call it as opt.step(lambda: loss_fn(model(x), y))"
+                "call it as opt.step(lambda: loss_fn(model(x), y)), which runs backward itself, or "
+                "after loss.backward() as opt.step(closure, loss=loss)"
             )
         if loss is not None:
-            _check_loss(loss, "loss")
+            arguments.check_loss(loss, "loss")
         if not self._training:
             raise RuntimeError(
                 "step() was called while the parameters hold the averaged weights; "
                 "call opt.train() first"
             )
         return closure
-
-    def _suspect_scheduler(self, rate: float) -> None:
-        """Warns once of rates set from outside after each step, which leave none as measured."""
-        self._meddled = self._meddled + 1 if rate != self._left else 0
-        # Once more than where the first step of a fresh or loaded optimizer finds its rate.
-        if self._meddled == MEDDLED + 1:
-            warnings.warn(
-                f"the lr of the param groups was changed after each of the last {MEDDLED} steps, "
-                "so no measured rate stays in force; leave the learning-rate scheduler out, LQA "
-                "sets the rate itself",
-                # A scheduler wraps `step` once more.
-                stacklevel=6,
-            )
 
     def _gradient_pass(self, closure: Closure, loss: Tensor | None, before: Moment) -> Tensor:
         """Evaluates the loss and its gradients, unless the caller has done so."""
@@ -516,49 +549,83 @@ class LQA(Optimizer):
         What a caller has accumulated since the last step is left to a closure that runs backward,
         to clear or to add to.
         """
-        accumulated = self._has_fresh_gradients()
-        if accumulated:
-            self._spend_gradients()
+        params = self._parameters()
+        found = gradients.new(params)
+        changed = all(map(gradients.is_changed, found.values()))
+        if found:
+            gradients.mark_used(found.values())
         else:
-            self._clear_gradients()
+            gradients.clear(params)
         with torch.enable_grad(), self._surroundings.discovering(before, self._devices):
             loss = closure()
-        _check_loss(loss, "closure")
-        if self._has_fresh_gradients():
-            self._note_backward_in_closure()
+        arguments.check_loss(loss, "closure")
+        if self._has_run_backward(found):
+            self._note_backward_in_closure(closure)
         elif not loss.requires_grad:
             raise RuntimeError(
                 "the loss that closure returned does not require grad; compute it from the "
                 "optimizer's parameters, without torch.no_grad(), .detach() or .item()"
             )
         else:
-            if accumulated:
-                self._clear_gradients()
-            torch.autograd.backward(loss)
+            zeros = gradients.new(params)
+            gradients.clear(params)
+            try:
+                torch.autograd.backward(loss)
+            except RuntimeError as error:
+                if not zeros or _RAN_BACKWARD not in str(error):
+                    raise
+                # The closure has run backward after all, over a loss without a slope.
+                for param, gradient in zeros.items():
+                    param.grad = gradient
+                self._note_backward_in_closure(closure)
+            self._suspect_dropped_gradients(found, changed)
         return loss
 
-    def _clear_gradients(self) -> None:
-        # As `zero_grad` does, whose notes for the profiler take ten times as long.
-        for param in self._parameters():
-            param.grad = None
+    def _has_run_backward(self, found: dict[Tensor, Tensor]) -> bool:
+        """Whether the closure has: a gradient is there that was not, or has changed.
 
-    def _has_fresh_gradients(self) -> bool:
-        """Whether a gradient has come, or has been added to, since all were spent."""
-        return any(getattr(grad, _SPENT, None) != grad._version for grad in self._gradients())
+        Gradients that are zero now have been cleared, unless the closure is known to run backward.
 
-    def _spend_gradients(self) -> None:
-        """Marks the gradients that there are, for later ones to be told from them."""
-        for grad in self._gradients():
-            setattr(grad, _SPENT, grad._version)
+        Args:
+            found: the gradients that were in place before; if there were none all had been cleared.
+        """
+        params = self._parameters()
+        if not found and all(param.grad is None for param in params):
+            return False
+        new = gradients.new(params).values()
+        return any(self._closure_runs_backward or not gradients.is_zero(each) for each in new)
 
-    def _note_backward_in_closure(self) -> None:
-        if not self._closure_runs_backward:
-            warnings.warn(
+    def _note_backward_in_closure(self, closure: Closure) -> None:
+        self._closure_runs_backward = True
+        if not _is_of_a_library(closure):
+            self._diagnostics.warn(
+                "backward",
                 "the closure calls backward() itself, so each probe pays for a backward pass; "
                 "return the loss alone, LQA runs backward",
-                stacklevel=7,
             )
-        self._closure_runs_backward = True
+
+    def _suspect_dropped_gradients(self, found: dict[Tensor, Tensor], changed: bool) -> None:
+        """Warns once of a backward pass before `step`, whose gradients the closure's replace.
+
+        Those of another loss, as that of a generator leaves in its discriminator, lie near the
+        closure's own often enough; but nobody clips them.
+
+        Args:
+            found: the gradients that were in place before.
+            changed: whether they had been clipped, scaled or accumulated.
+        """
+        if not found or self._found_gradients == LOOKED_FOR:
+            return
+        self._found_gradients += 1
+        again = {param: param.grad for param in found if param.grad is not None}
+        pairs = [found[param] for param in again], again.values()
+        if gradients.cosine(*pairs) > (ALIKE if changed else EQUAL):
+            self._diagnostics.warn(
+                "dropped",
+                "gradients were in place when step(closure) was called, and the closure's own took "
+                "their place: what was clipped, scaled or accumulated is lost; give the loss that "
+                "backward was called on, step(closure, loss=loss), or leave that backward out",
+            )
 
     def _note_new_gradients(self) -> None:
         """Looks for modules once more where parameters have a gradient that never had one."""
@@ -593,11 +660,52 @@ class LQA(Optimizer):
 
     def _measure(
         self, closure: Closure, loss: Tensor | None, centre: Tensor, line: Line, before: Moment
-    ) -> tuple[Points, int]:
+    ) -> tuple[Points, int] | None:
         """Probes the line; the generators, buffers and gradients stay as the gradient pass left.
+
+        Where the loss repeats itself with gradients alone, probes run with gradients from then on.
+
+        Returns:
+            What was measured, and how many evaluations it took; None where memory has run out in
+            several measurements in a row, so that training goes on without.
+        """
+        try:
+            points, probes, repeats = self._probe(closure, loss, centre, line, before)
+            if repeats is not None and not self._has_gradients_in_probes:
+                points, more, repeats = self._probe(closure, loss, centre, line, before, True)
+                self._probes_with_gradients = repeats is None
+                probes += more
+        except Exception as error:
+            if not self._goes_on_without_memory(error):
+                raise
+            return None
+        self._out_of_memory = 0
+        self._audited = self._steps // AUDIT
+        if repeats is not None:
+            self._note_unrepeatable(*repeats, loss is None)
+        return points, probes
+
+    @property
+    def _has_gradients_in_probes(self) -> bool:
+        return self._closure_runs_backward or self._probes_with_gradients
+
+    def _probe(
+        self,
+        closure: Closure,
+        loss: Tensor | None,
+        centre: Tensor,
+        line: Line,
+        before: Moment,
+        with_gradients: bool = False,
+    ) -> tuple[Points, int, tuple[float, float] | None]:
+        """Measures once, see `_measure`.
 
         In the two-phase use the caller's forward pass drew random numbers of its own, so the
         centre is evaluated again under those of the probes.
+
+        Returns:
+            What was measured, how many evaluations it took, and the loss as it was and as it is at
+            the same parameters where these should be equal and are not.
         """
         after = before
         if loss is None:
@@ -606,30 +714,35 @@ class LQA(Optimizer):
 
         kinds: list[torch.dtype] = []
 
-        def run() -> Tensor:
+        def run(with_gradients: bool = with_gradients) -> Tensor:
             before.restore()
             torch.clear_autocast_cache()
             with (
-                torch.set_grad_enabled(self._closure_runs_backward or self._differentiates),
+                torch.set_grad_enabled(with_gradients or self._has_gradients_in_probes),
                 self._surroundings.discovering(before, self._devices),
             ):
-                return closure()
+                probe = closure()
+            arguments.check_loss(probe, "closure")
+            return probe
 
         def evaluate() -> Tensor | float:
             try:
                 probe = run()
-            except RuntimeError as error:
-                if self._differentiates or not _MISSES_GRADIENTS.search(str(error)):
+            except Exception as error:
+                if with_gradients or self._has_gradients_in_probes or not _misses_graph(error):
                     raise
+                try:
+                    probe = run(with_gradients=True)
+                except Exception:
+                    raise error from None
                 # It takes derivatives itself, as the residual of a differential equation does.
-                self._differentiates = True
-                probe = run()
-            _check_loss(probe, "closure")
+                self._probes_with_gradients = True
             kinds.append(probe.dtype)
             return _reading(probe)
 
         radius = self._search.radius(self.rate)
-        audited = self._audits and self._measured % AUDIT == 0
+        suspected = self._steps // AUDIT > self._audited or self._stuck == STUCK
+        audited = suspected and "unrepeatable" not in self._diagnostics.given
         again = audited or loss is not None
         # A caller who has had the gradients in hand may have clipped them, if only now and then.
         own = loss is None and not self._closure_runs_backward
@@ -642,15 +755,19 @@ class LQA(Optimizer):
         if both:
             rates["plus"] = -radius
         known = len(before.buffers)
+        compared = _reading(centre) if audited and loss is not None else None
+        extra = 0
         # Out of reach of a closure that clears or accumulates gradients.
         grads = [(param, param.grad) for param in self._parameters()]
-        self._clear_gradients()
+        gradients.clear(self._parameters())
         try:
             losses = line.losses(evaluate, rates.values())
-            if audited and loss is not None:
-                # The caller's forward pass may rightly have drawn other numbers.
+            if compared is not None:
                 now = self._surroundings.capture(self._devices())
-                audited = not now.advanced(before)[0].generators
+                drawn = [float(bool(now.advanced(before)[0].generators))]
+                if any(rank_mean(drawn, centre, self._process_group)):
+                    # The caller's forward pass drew other numbers than the probes.
+                    compared, extra = _reading(run(with_gradients=True)), 1
         finally:
             for param, grad in grads:
                 param.grad = grad
@@ -660,12 +777,15 @@ class LQA(Optimizer):
         sent = {"centre": _reading(centre), **dict(zip(rates, losses, strict=True))}
         if slope is not None:
             sent["slope"] = slope
+        if compared is not None:
+            sent["compared"] = compared
         # As many on every process: one that took over the state of another may know fewer.
         path = [*self._path, *(math.nan for _ in range(self._missing))]
         # The one wait for the device.
         values = rank_mean([*sent.values(), *path], centre, self._process_group)
         seen = dict(zip(sent, values, strict=False))
         given, repeated = seen["centre"], seen.get("again", seen["centre"])
+        expected = seen.get("compared", given)
         points = Points(
             radius=radius,
             minus=seen["minus"],
@@ -678,9 +798,25 @@ class LQA(Optimizer):
         )
         if points.blind and isinstance(self._search, Safeguarded) and not self._search.fits:
             self._note_blindness(points)
-        if audited:
-            self._audit(given, repeated, points, loss is None)
-        return points, len(rates)
+        apart = min(100.0 * points.resolution, 0.05) * max(abs(expected), abs(repeated))
+        repeats = not (audited and abs(expected - repeated) > apart)
+        return points, len(rates) + extra, None if repeats else (expected, repeated)
+
+    def _goes_on_without_memory(self, error: Exception) -> bool:
+        """Whether to step at the rate in force; one process alone of several cannot decide so."""
+        if not _is_out_of_memory(error) or processes(self._process_group) > 1:
+            return False
+        self._out_of_memory += 1
+        if self._out_of_memory < OUT_OF_MEMORY:
+            return False
+        self._wait = max(self._every, RETRY)
+        self._diagnostics.warn(
+            "memory",
+            f"the last {self._out_of_memory} measurements ran out of memory, so training goes on "
+            f"at the rate in force, {self.rate:.3g}: a probe holds one more copy of the parameters "
+            "and runs the model forward; make the batches smaller, or free memory before step()",
+        )
+        return True
 
     @property
     def _missing(self) -> int:
@@ -696,27 +832,26 @@ class LQA(Optimizer):
         return max(1, self._every - math.floor(then) + math.floor(now))
 
     @property
+    def _steps(self) -> int:
+        return sum(self._counts.values())
+
+    @property
     def _measured(self) -> int:
-        return sum(self._counts.values()) - self._counts[Reason.HELD]
+        return self._steps - self._counts[Reason.HELD]
 
     def _note_blindness(self, points: Points) -> None:
         """Warns once of a loss that was computed before the closure was called."""
-        if self._sees:
-            warnings.warn(
-                f"the closure returned {points.centre:.6g} wherever the parameters were, although "
-                f"the gradient tells a change of {points.slope * points.radius:.3g}; compute the "
-                "loss in the closure, from the optimizer's parameters, and not before step()",
-                stacklevel=6,
-            )
-        self._sees = False
+        self._diagnostics.warn(
+            "constant",
+            f"the closure returned {points.centre:.6g} wherever the parameters were, although "
+            f"the gradient tells a change of {points.slope * points.radius:.3g}; compute the "
+            "loss in the closure, from the optimizer's parameters, and not before step()",
+        )
 
-    def _audit(self, given: float, repeated: float, points: Points, own: bool) -> None:
+    def _note_unrepeatable(self, given: float, repeated: float, own: bool) -> None:
         """Warns once of a closure that returns two losses at the same parameters."""
-        apart = min(100.0 * points.resolution, 0.05) * max(abs(given), abs(repeated))
-        if not abs(given - repeated) > apart:
-            return
-        self._audits = False
-        warnings.warn(
+        self._diagnostics.warn(
+            "unrepeatable",
             f"the closure returned {given:.6g} and then {repeated:.6g} at the same parameters and "
             "under the same random state, so the measured rates are noise; draw batches, and "
             "numbers from generators of your own, before step() and not in the closure"
@@ -724,7 +859,6 @@ class LQA(Optimizer):
             else f"loss is {given:.6g}, but at the same parameters the closure returned "
             f"{repeated:.6g}; give as loss what the closure returns: the same batch, unscaled, "
             "drawn before step() and not in the closure",
-            stacklevel=6,
         )
 
     def _resolution(self, kind: torch.dtype) -> float:
@@ -751,17 +885,15 @@ class LQA(Optimizer):
                 self._averaging.move(line.blocks, self.state, decision.step, weight)
         old = self.rate
         for group in self.param_groups:
-            rate = decision.rate * (float(group["lr"]) / old if old else 1.0)
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            _set_lr(group, decision.rate * (group[_RATE] / old if old else 1.0))
 
     def _finish(self, loss: Tensor, decision: Decision, own: int, probes: int = 0) -> Tensor:
         """Books the step and sets when to measure next: at once until the rate has settled."""
         if decision.reason is not Reason.HELD:
             self._path.clear()
             self._wait = self._interval - 1 if decision.settled else 0
+            found = decision.step and decision.reason is not Reason.CONCAVE
+            self._stuck = 0 if found else self._stuck + 1
         elif self._wait and decision.step:
             # A measurement that is due stays so, and a step that moves nothing brings none nearer.
             self._wait -= 1
@@ -770,27 +902,27 @@ class LQA(Optimizer):
             self._path.append(_reading(loss))
         self._counts[decision.reason] += 1
         self._last = (loss, decision.reason, own + probes, backwards)
-        self._left = self.rate
         return loss
 
 
 _PICKLED = frozenset(
     (
-        "_audits",
+        "_audited",
         "_averaging",
         "_closure_runs_backward",
         "_counts",
-        "_differentiates",
+        "_diagnostics",
         "_direction",
         "_every",
+        "_found_gradients",
         "_last",
-        "_left",
-        "_meddled",
         "_moves",
+        "_out_of_memory",
         "_path",
+        "_probes_with_gradients",
         "_process_group",
         "_search",
-        "_sees",
+        "_stuck",
         "_training",
         "_wait",
     )
@@ -816,91 +948,36 @@ def _sizes(grads: list[Tensor]) -> list[float]:
     return [float(extreme) for grad in grads for extreme in torch.aminmax(grad)]
 
 
-def _check_base(
-    base: Optimizer,
-    direction: str | None,
-    delta0: float | None,
-    weight_decay: float | None,
-) -> None:
-    if isinstance(base, LQA | torch.optim.LBFGS):
-        raise TypeError(
-            f"LQA cannot wrap {type(base).__name__}, which searches its own line; "
-            "pass the parameters, or an optimizer that takes plain steps"
-        )
-    for group in base.param_groups:
-        if "lr" not in group:
-            raise ValueError(
-                f"{type(base).__name__} has no lr in its param groups, so there is no rate to "
-                "measure; use an optimizer whose steps are in proportion to lr"
-            )
-        if group.get("maximize"):
-            raise ValueError(
-                "LQA goes where the loss falls, got a wrapped optimizer with maximize=True; "
-                "leave it out and return the negative objective from the closure"
-            )
-    if direction is not None:
-        raise ValueError(
-            f"direction is the wrapped optimizer's own step, got direction={direction!r}; "
-            "leave it out, or pass parameters instead of an optimizer"
-        )
-    if delta0 is not None:
-        raise ValueError(
-            f"delta0 is the wrapped optimizer's own lr, got delta0={delta0!r}; "
-            f"set it there: {type(base).__name__}(params, lr={delta0!r})"
-        )
-    if weight_decay:
-        raise ValueError(
-            f"weight_decay is the wrapped optimizer's own, got weight_decay={weight_decay!r}; "
-            f"set it there: {type(base).__name__}(params, weight_decay={weight_decay!r})"
-        )
+def _set_lr(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+    # As a tensor of single precision has it.
+    group[_RATE] = float(group["lr"])
 
 
-def _check_every(value: Any) -> None:
-    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
-    if not (whole and int(value) >= 1):
-        raise ValueError(f"every must be a whole number of steps, at least 1, got {value!r}")
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory has run out; of the CPU's only the message tells."""
+    told = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def _number(value: Any) -> float:
-    """The value of any real number; not a number for anything else, flags included."""
-    return float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+def _misses_graph(error: Exception) -> bool:
+    """Whether a closure may have failed for want of a graph, which its own checks say otherwise."""
+    told = isinstance(error, RuntimeError) and _MISSES_GRADIENTS.search(str(error)) is not None
+    return told or isinstance(error, AssertionError | AttributeError | TypeError | ValueError)
 
 
-def _check_delta0(value: Any) -> None:
-    if not 0.0 < _number(value) < math.inf:
-        raise ValueError(
-            f"delta0 must be a positive finite number, got {value!r}; "
-            "it is only the first rate, a small one such as 1e-4 is safe"
-        )
-
-
-def _check_weight_decay(value: Any, direction: Direction) -> None:
-    if not 0.0 <= _number(value) < math.inf:
-        raise ValueError(
-            f"weight_decay must be a finite number, not negative, got {value!r}; "
-            "0.01 is common, 0 turns it off"
-        )
-    if value and not isinstance(direction, NormalisedGradient):
-        raise ValueError(
-            f'weight_decay goes with direction="rms", got weight_decay={value!r} along "sgd"; '
-            f"wrap an optimizer that has it: LQA(torch.optim.SGD(params, weight_decay={value!r}))"
-        )
-
-
-def _check_loss(loss: Any, name: str) -> None:
-    source = "closure must return the loss" if name == "closure" else "loss must be given"
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"{source} as a scalar tensor, got {type(loss).__name__}; "
-            "use the loss itself, not loss.item(), a tuple or None"
-        )
-    if loss.numel() != 1:
-        raise ValueError(
-            f"{source} as a scalar tensor, got shape {tuple(loss.shape)}; "
-            "reduce it, for example with .mean()"
-        )
-    if not loss.is_floating_point():
-        raise TypeError(f"{source} as a real floating-point tensor, got {loss.dtype}")
+def _is_of_a_library(closure: Any) -> bool:
+    """Whether a closure is defined in an installed package, as those of frameworks are."""
+    while isinstance(closure, partial):
+        closure = closure.func
+    plain: Any = getattr(closure, "__func__", closure)
+    if not hasattr(plain, "__code__"):
+        plain = type(closure).__call__
+    file = getattr(getattr(plain, "__code__", None), "co_filename", "")
+    return file.startswith(tuple(sysconfig.get_path(kind) for kind in ("purelib", "platlib")))
 
 
 def _saved(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -912,11 +989,9 @@ def _saved(state_dict: dict[str, Any]) -> dict[str, Any]:
             "state_dict was not saved by LQA: its first param group has no entry 'lqa'; "
             "load it into the optimizer that saved it"
         )
-    if saved["version"] > STATE_VERSION:
+    if saved.get("version") != STATE_VERSION:
         raise ValueError(
-            f"state_dict has version {saved['version']}, newer than {STATE_VERSION}, the newest "
-            "that this quadstep reads; load it with the quadstep that saved it, or a newer one"
+            f"state_dict has version {saved.get('version')}, and this quadstep reads version "
+            f"{STATE_VERSION}; load it with the quadstep that saved it"
         )
-    while saved["version"] < STATE_VERSION:
-        saved = UPGRADES[saved["version"]](saved)
     return saved

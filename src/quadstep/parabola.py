@@ -23,6 +23,8 @@ OVERFLOW = 3.4e38
 class Reason(StrEnum):
     """Why the rate of a step is what it is."""
 
+    INITIAL = "initial"
+    """No step was taken yet: the rate is the first one, or that of the state that was loaded."""
     MINIMUM = "minimum"
     """The rate is the minimiser of the parabola."""
     HELD = "held"

@@ -1,0 +1,249 @@
+"""Checks of what `LQA` is given: errors name the argument, what it was and how to fix it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from collections import OrderedDict, defaultdict
+from numbers import Integral, Real
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from quadstep.line import Surroundings
+
+
+def check_params(params: Any) -> None:
+    """Refuses a module in the place of its parameters."""
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"params must be parameters, param groups or an optimizer, got a module, "
+            f"{type(params).__name__}; use LQA(model.parameters())"
+        )
+
+
+def check_lr(lr: Any) -> None:
+    """Refuses a learning rate; None, which frameworks pass for want of one, is taken."""
+    if lr is not None:
+        raise ValueError(
+            f"LQA measures the learning rate, so there is none to choose, got lr={lr!r}; leave lr "
+            "out or pass None (delta0 is only the first rate, and its default needs no tuning)"
+        )
+
+
+def check_base(base: Optimizer, own: dict[str, Any]) -> None:
+    """Refuses optimizers whose steps cannot be measured, and arguments that are the optimizer's.
+
+    Args:
+        base: the optimizer to wrap.
+        own: what was given of `direction`, `delta0` and `weight_decay`.
+
+    Raises:
+        TypeError: the optimizer takes steps that are not its own alone.
+        ValueError: a group has no learning rate or maximises, or an argument is the optimizer's.
+    """
+    name = type(base).__name__
+    inner: Any = base
+    while isinstance(getattr(inner, "optimizer", None), Optimizer):
+        # Those of Accelerate have the modes of all.
+        inner = inner.optimizer
+    if all(callable(getattr(inner, mode, None)) for mode in ("train", "eval")):
+        raise TypeError(
+            f"LQA cannot wrap {name}, which has train() and eval() modes of its own and averages "
+            "its iterates; LQA(params) does so, too, and LQA(torch.optim.AdamW(params), "
+            'averaging="schedule-free") around another optimizer'
+        )
+    for group in base.param_groups:
+        if "lr" not in group:
+            raise ValueError(
+                f"{name} has no lr in its param groups, so there is no rate to "
+                "measure; use an optimizer whose steps are in proportion to lr"
+            )
+        if not 0.0 <= rate(group["lr"]) < math.inf:
+            raise ValueError(
+                f"{name} has lr={group['lr']!r} in its param groups, which is no rate to measure "
+                "from; construct it with a number for lr, and so that its steps are in proportion "
+                "to it (Adafactor of Transformers with relative_step=False)"
+            )
+        if group.get("maximize"):
+            raise ValueError(
+                "LQA goes where the loss falls, got a wrapped optimizer with maximize=True; "
+                "leave it out and return the negative objective from the closure"
+            )
+    if own["direction"] is not None:
+        raise ValueError(
+            "direction is the wrapped optimizer's own step, got "
+            f"direction={own['direction']!r}; leave it out, or pass parameters instead of an "
+            "optimizer"
+        )
+    if own["delta0"] is not None:
+        raise ValueError(
+            f"delta0 is the wrapped optimizer's own lr, got delta0={own['delta0']!r}; "
+            f"set it there: {name}(params, lr={own['delta0']!r})"
+        )
+    if own["weight_decay"]:
+        raise ValueError(
+            "weight_decay is the wrapped optimizer's own, got "
+            f"weight_decay={own['weight_decay']!r}; "
+            f"set it there: {name}(params, weight_decay={own['weight_decay']!r})"
+        )
+    if _needs_closure(base):
+        raise TypeError(
+            f"LQA cannot wrap {name}, whose step() needs a closure of its own; wrap one that steps "
+            "from the gradients alone, such as torch.optim.AdamW(params)"
+        )
+
+
+def _needs_closure(base: Optimizer) -> bool:
+    """Whether a step fails without a closure and not with one, as tried on a copy."""
+    parameter = inspect.signature(type(base).step).parameters.get("closure")
+    if parameter is not None and parameter.default is inspect.Parameter.empty:
+        return True
+
+    def step(*closures: Any) -> bool:
+        moment = Surroundings().capture(())
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _unhooked_step(base)(_stand_in(base), *closures)
+        except Exception:
+            return False
+        finally:
+            moment.restore()
+        return True
+
+    return not step() and step(lambda: torch.zeros((), requires_grad=True))
+
+
+def _unhooked_step(base: Optimizer) -> Any:
+    """The step of a kind of optimizer, which schedulers have replaced and hooks surround."""
+    step: Any = type(base).step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def _stand_in(base: Optimizer) -> Optimizer:
+    """A copy with parameters of one entry and without state."""
+    copied: Optimizer = object.__new__(type(base))
+    memo: dict[int, Any] = {id(base): copied, id(base.state): defaultdict[Tensor, Any](dict)}
+    for group in base.param_groups:
+        for param in group["params"]:
+            small = nn.Parameter(torch.zeros([1] * param.dim()))
+            small.grad = torch.zeros_like(small)
+            memo[id(param)] = small
+    # Not as it is pickled, which leaves its own attributes out.
+    vars(copied).update(copy.deepcopy(vars(base), memo))
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        setattr(copied, hooks, OrderedDict[int, Any]())
+    return copied
+
+
+def check_direction(direction: Any) -> None:
+    """Refuses directions that are not LQA's own."""
+    if direction not in (None, "rms", "sgd"):
+        raise ValueError(
+            f'direction must be "rms" or "sgd", got {direction!r}; to follow another '
+            "optimizer's steps pass the optimizer itself: LQA(torch.optim.AdamW(params))"
+        )
+
+
+def check_averaging(averaging: Any) -> None:
+    """Refuses ways of averaging that there are not."""
+    if averaging not in (None, "auto", "schedule-free"):
+        raise ValueError(f'averaging must be "schedule-free" or None, got {averaging!r}')
+
+
+def check_every(value: Any) -> None:
+    """Refuses what is not a whole number of steps."""
+    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
+    if not (whole and int(value) >= 1):
+        raise ValueError(f"every must be a whole number of steps, at least 1, got {value!r}")
+
+
+def check_delta0(value: Any) -> None:
+    """Refuses first rates that are not positive and finite."""
+    if not 0.0 < _number(value) < math.inf:
+        raise ValueError(
+            f"delta0 must be a positive finite number, got {value!r}; "
+            "it is only the first rate, a small one such as 1e-4 is safe"
+        )
+
+
+def check_group(group: dict[str, Any], decays: bool) -> None:
+    """Refuses rates and weight decays that are none.
+
+    Args:
+        group: a param group, with or without these entries.
+        decays: whether the direction takes a weight decay.
+    """
+    if not 0.0 <= rate(group.get("lr", 0.0)) < math.inf:
+        raise ValueError(f"lr must be finite and not negative, got {group['lr']!r}")
+    decay = group.get("weight_decay", 0.0)
+    if not 0.0 <= _number(decay) < math.inf:
+        raise ValueError(
+            f"weight_decay must be a finite number, not negative, got {decay!r}; "
+            "0.01 is common, 0 turns it off"
+        )
+    if decay and not decays:
+        raise ValueError(
+            f'weight_decay goes with direction="rms", got weight_decay={decay!r} along "sgd"; '
+            f"wrap an optimizer that has it: LQA(torch.optim.SGD(params, weight_decay={decay!r}))"
+        )
+
+
+def check_shape(param: Tensor, kept: Tensor) -> None:
+    """Refuses a parameter of another shape than its state, both as real tensors."""
+    if param.shape != kept.shape:
+        raise ValueError(
+            f"a parameter has shape {tuple(param.shape)}, but had {tuple(kept.shape)} when its "
+            "state was made; forget that state with del opt.state[param], or construct LQA anew"
+        )
+
+
+def check_loss(loss: Any, name: str) -> None:
+    """Refuses what is not a scalar loss.
+
+    Args:
+        loss: what was given or returned.
+        name: "closure" or "loss", whichever it came from.
+    """
+    source = "closure must return the loss" if name == "closure" else "loss must be given"
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"{source} as a scalar tensor, got {type(loss).__name__}; "
+            "use the loss itself, not loss.item(), a tuple or None"
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"{source} as a scalar tensor, got shape {tuple(loss.shape)}; "
+            "reduce it, for example with .mean()"
+        )
+    if not loss.is_floating_point():
+        raise TypeError(f"{source} as a real floating-point tensor, got {loss.dtype}")
+
+
+def rate(lr: Any) -> float:
+    """The value of a learning rate, a number or a tensor; not a number for anything else."""
+    if isinstance(lr, Tensor):
+        return float(lr) if lr.numel() == 1 else math.nan
+    return _number(lr)
+
+
+def _number(value: Any) -> float:
+    """The value of any real number; not a number for anything else, flags included."""
+    return float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
+
+
+def with_python_numbers(value: Any) -> Any:
+    """Replaces NumPy's numbers, which checkpoints are not loaded with unless they are trusted."""
+    if isinstance(value, dict):
+        entries = cast(dict[Any, Any], value)
+        return {key: with_python_numbers(entry) for key, entry in entries.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(with_python_numbers, value))
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return value
