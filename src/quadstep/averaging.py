@@ -2,8 +2,12 @@
 
 Defazio et al., "The Road Less Scheduled" (2024): the fast iterate z takes the steps, x is the
 average of its path, and gradients are taken at y = (1 - beta) z + beta x. The parameters hold y
-while training and x while evaluating; z is kept, and whichever of x and y is not held follows
-from the other and z, so that only one copy of the parameters is stored.
+while training and x while evaluating; z is kept, and x follows from y and z, so that only one copy
+of the parameters is stored, and one more, of y, while they hold x.
+
+Callers change parameters between steps: they clip, mask and project them, restore rows, load other
+weights. What they change is where training goes on from, so z follows. Which entries have changed
+only a copy tells; it is kept of the parameters that have been changed, which are watched.
 """
 
 # torch.optim itself is built from the foreach operations, private in name alone.
@@ -17,8 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quadstep.arguments import check_shape
 from quadstep.direction import real
-from quadstep.line import Block
+from quadstep.fingerprint import Fingerprints
+from quadstep.line import Block, is_distributed, whole
+
+WATCHED = 100
+"""For so many steps after the last change a copy of a parameter is kept."""
 
 
 class ScheduleFree:
@@ -34,6 +43,9 @@ class ScheduleFree:
 
     Attributes:
         stretch: how many times as far z steps at present.
+
+    State of a parameter: `z`; `y`, while it holds x; `left`, what the last step left in it, and
+    `unchanged`, for how many steps it has been left so, where the caller has changed it.
     """
 
     def __init__(
@@ -41,6 +53,14 @@ class ScheduleFree:
     ) -> None:
         self.power = power
         self.stretch = 1.0
+        # Of y as the last step left it, but of the watched ones, and of x while it is held.
+        self._left = Fingerprints()
+        # In one order on all processes.
+        self._watched: dict[Tensor, None] = {}
+        self._frozen: set[Tensor] = set()
+        self._shown = Fingerprints()
+        # Whether to look at all parameters at the next step.
+        self._looks = False
         self._beta = beta
         self._kappa = kappa
         self._furthest = furthest
@@ -76,6 +96,7 @@ class ScheduleFree:
             for owner, param in zip(block.owners, block.params, strict=True):
                 if "z" not in state[owner]:
                     state[owner]["z"] = param.clone()
+                    self._left.add(owner)
                 fast.append(state[owner]["z"])
             step = self.kappa * rate / block.unit
             torch._foreach_lerp_(block.params, fast, weight)
@@ -111,20 +132,176 @@ class ScheduleFree:
         for held, fast in _pairs(params, state):
             fast.lerp_(held, 1.0 - left)
 
+    def follow(self, state: Any, look: bool) -> None:
+        """Lets z follow what the caller has changed in y since the last step.
+
+        Args:
+            state: the per-parameter state.
+            look: whether to look at all parameters, which waits for their device, although the
+                version of none has changed.
+        """
+        for param in [*self._watched]:
+            if "left" in state.get(param, ()):
+                self._shift(param, state[param])
+            else:
+                del self._watched[param]
+        frozen = {param for param in self._left if not param.requires_grad}
+        if look or self._looks or self._left.touched or frozen != self._frozen:
+            self._take(state, frozen)
+        self._looks = False
+
+    def _shift(self, param: Tensor, own: Any) -> None:
+        """Shifts z with the entries of y that have changed.
+
+        An entry of z keeps as much of its lead over y as the change leaves: a change that takes
+        back all that the last step moved y takes back all that it moved z, which is beta / (1 -
+        beta) times as far from y; one that is small beside a step shifts z along.
+        """
+        changed = self._changed_entries(param, own)
+        own["unchanged"] = own["unchanged"] + 1 if changed is None else 0
+        if changed is not None:
+            own["z"].add_(changed)
+            # For the case that this step is undone and taken again.
+            own["left"].copy_(*real([param]))
+        if own["unchanged"] == WATCHED:
+            del own["left"], own["unchanged"], self._watched[param]
+            self._left.add(param)
+
+    def _changed_entries(self, param: Tensor, own: Any) -> Tensor | None:
+        """What z is to be shifted by; None where nothing has changed."""
+        (held,) = real([param])
+        if own["left"] is None:
+            own["left"] = held.clone()
+            return None
+        check_shape(held, own["left"])
+        if is_distributed(held):
+            same = not whole((held != own["left"]).any())
+        else:
+            same = torch.equal(held, own["left"])
+        if same:
+            return None
+        change = held - own["left"]
+        bound = change.abs().mul_(self.beta / (1.0 - self.beta))
+        lead = own["z"] - own["left"]
+        return change.sub_(torch.clamp(lead, -bound, bound))
+
+    def _take(self, state: Any, frozen: set[Tensor]) -> None:
+        """Lets z take the values of parameters that have changed, or that were frozen.
+
+        Which entries have changed is not known yet; the parameter is watched from now on.
+        """
+        changed = self._left.changed()
+        for param in self._left:
+            own = state.get(param, {})
+            if "z" not in own:
+                self._left.remove(param)
+            elif param in changed or param in frozen - self._frozen:
+                (held,) = real([param])
+                check_shape(held, own["z"])
+                own["z"].copy_(held)
+                if param in changed:
+                    self._left.remove(param)
+                    own |= {"left": held.clone(), "unchanged": 0}
+                    self._watched[param] = None
+        self._frozen = frozen
+
+    @torch.no_grad()
+    def saved(self, params: list[Tensor], state: dict[Any, Any]) -> dict[str, Any]:
+        """What is saved of the parameters as the last step left them.
+
+        In the per-parameter state there is only what a fresh optimizer has, which is all that
+        distributed checkpoints load: in place of what tells which entries were changed since, z
+        is shifted by them.
+
+        Args:
+            params: all parameters, in the order that the keys of the state number them in.
+            state: the per-parameter state as torch saves it, in which z is replaced.
+        """
+        unchanged: list[int | None] = [None] * len(params)
+        for number, param in enumerate(params):
+            if param in self._watched and "left" in state.get(number, ()):
+                own = dict(state[number])
+                changed = self._changed_entries(param, own)
+                # One less than the next step is to count.
+                unchanged[number] = own.pop("unchanged") if changed is None else -1
+                del own["left"]
+                if changed is not None:
+                    own["z"] = own["z"] + changed
+                state[number] = own
+        return {
+            "bits": [self._left.bits(param) for param in params],
+            "shown": [self._shown.bits(param) for param in params],
+            "unchanged": unchanged,
+        }
+
+    def loaded(self, params: list[Tensor], state: Any, saved: dict[str, Any]) -> None:
+        """Takes over what a loaded state tells of the parameters as the last step left them."""
+        self._left, self._watched, self._frozen = Fingerprints(), {}, set()
+        self._shown, self._looks = Fingerprints(), True
+        rows = zip(params, saved["bits"], saved["shown"], saved["unchanged"], strict=True)
+        for param, bits, shown, unchanged in rows:
+            own = state.get(param, {})
+            if "z" not in own:
+                continue
+            if unchanged is None:
+                self._left.add(param, bits)
+                self._shown.add(param, shown)
+            else:
+                # What it holds is not loaded yet, perhaps.
+                own |= {"left": None, "unchanged": unchanged}
+                self._watched[param] = None
+
+    def leave(self, state: Any) -> None:
+        """Records y as a step leaves it."""
+        for param in self._watched:
+            state[param]["left"].copy_(*real([param]))
+        self._left.record()
+
     def average(self, params: list[Tensor], state: Any) -> None:
-        """Replaces y by x in the parameters."""
-        self._towards_fast(params, state, 1.0 - 1.0 / self.beta)
+        """Replaces y by x in the parameters, but not in those that the caller changes.
+
+        What a caller enforces after each step may not hold of x.
+        """
+        self._shown = Fingerprints()
+        changed = self._left.changed()
+        self._looks = bool(changed)
+        for param in _moved(params, state):
+            if param in self._left and param not in changed:
+                own = state[param]
+                (held,) = real([param])
+                own["y"] = held.clone()
+                held.lerp_(own["z"], 1.0 - 1.0 / self.beta)
+                self._shown.add(param)
+        self._shown.record()
 
     def resume(self, params: list[Tensor], state: Any) -> None:
-        """Replaces x by y in the parameters."""
-        self._towards_fast(params, state, 1.0 - self.beta)
+        """Replaces x by y in the parameters, but not in those that the caller has changed."""
+        changed = self._shown.changed()
+        self._looks = self._looks or bool(changed)
+        for param in _moved(params, state):
+            own = state[param]
+            y = own.pop("y", None)
+            if param not in self._shown or param in changed:
+                continue
+            (held,) = real([param])
+            if y is not None:
+                held.copy_(y)
+            elif self._left.bits(param) is None:
+                # A distributed checkpoint keeps no more than a fresh optimizer has.
+                held.lerp_(own["z"], 1.0 - self.beta)
+        self._shown = Fingerprints()
 
     def _towards_fast(self, params: list[Tensor], state: Any, weight: float) -> None:
         for held, fast in _pairs(params, state):
             held.lerp_(fast, weight)
 
 
+def _moved(params: list[Tensor], state: Any) -> list[Tensor]:
+    """The parameters that have moved."""
+    return [param for param in params if "z" in state.get(param, ())]
+
+
 def _pairs(params: list[Tensor], state: Any) -> Iterable[tuple[Tensor, Tensor]]:
     """What each parameter that has moved holds, and its z."""
-    moved = [param for param in params if "z" in state[param]]
+    moved = _moved(params, state)
     return zip(real(moved), (state[param]["z"] for param in moved), strict=True)

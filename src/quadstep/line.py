@@ -19,7 +19,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Closure = Callable[[], Tensor]
 
 Loss = TypeVar("Loss")
+Item = TypeVar("Item")
 
 
 @dataclass(slots=True)
@@ -172,8 +173,13 @@ def processes(group: ProcessGroup | None) -> int:
     return 1
 
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
 def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor, known without the second that importing DTensor takes."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -206,11 +212,11 @@ def alike(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
     return parted(tensors, lambda tensor: (tensor.device, tensor.dtype))
 
 
-def parted(tensors: Iterable[Tensor], key: Callable[[Tensor], Any]) -> Iterable[list[Tensor]]:
-    """Parts tensors by what a key says of them, each part in their order."""
-    parts: dict[Any, list[Tensor]] = {}
-    for tensor in tensors:
-        parts.setdefault(key(tensor), []).append(tensor)
+def parted(items: Iterable[Item], key: Callable[[Item], Any]) -> Iterable[list[Item]]:
+    """Parts items by what a key says of them, each part in their order."""
+    parts: dict[Any, list[Item]] = {}
+    for item in items:
+        parts.setdefault(key(item), []).append(item)
     return parts.values()
 
 
@@ -236,9 +242,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_distributed(tensor) else tensor
 
 
+def any_shard(flag: bool, tensor: Tensor) -> bool:
+    """Whether a flag is set by any process that holds a part of the tensor."""
+    if not is_distributed(tensor):
+        return flag
+    from torch.distributed.tensor import DTensor, Partial
+
+    own = torch.tensor(float(flag), device=tensor.to_local().device)
+    placements = [Partial("max")] * tensor.device_mesh.ndim
+    return bool(DTensor.from_local(own, tensor.device_mesh, placements).full_tensor())
+
+
 def at_hand(tensor: Tensor) -> bool:
     """Whether a value can be read without waiting for a device."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,10 +375,9 @@ class Surroundings:
         self._looks = True
         self._generators: list[RandomSource] | None = None
 
-    @contextmanager
     def discovering(
         self, moment: Moment, devices: Callable[[], Iterable[torch.device]] = tuple
-    ) -> Generator[None]:
+    ) -> AbstractContextManager[None]:
         """Notes which modules run, where it is time to; adds their untouched state to `moment`.
 
         Compiled modules run eagerly meanwhile: a hook that is there once would be compiled in.
@@ -370,9 +386,12 @@ class Surroundings:
             moment: before the closure runs.
             devices: tells where the parameters live; their autocast types are noted.
         """
-        if not self._looks:
-            yield
-            return
+        return self._discovering(moment, devices) if self._looks else nullcontext()
+
+    @contextmanager
+    def _discovering(
+        self, moment: Moment, devices: Callable[[], Iterable[torch.device]]
+    ) -> Generator[None]:
         seen = set(self._alive())
         kinds = {device.type for device in devices()}
 

@@ -328,6 +328,8 @@ class LQA(Optimizer):
                 if not isinstance(self._direction, Displacement):
                     return self._finish(centre, Decision(rate, 0.0, Reason.HELD), own)
                 due = False
+            if self._averaging is not None:
+                self._averaging.follow(self.state, look=due)
             keep = due or self._averaging is not None
             line = self._direction.line(self.param_groups, self.state, rate, keep)
             measured = self._measure(closure, loss, centre, line, before) if due else None
@@ -381,6 +383,9 @@ class LQA(Optimizer):
         self._share()
         self._reclaim_rates()
         state = super().state_dict()
+        left: dict[str, Any] = {}
+        if self._averaging is not None:
+            left = self._averaging.saved(self._parameters(), state["state"])
         state["param_groups"] = arguments.with_python_numbers(state["param_groups"])
         state["param_groups"][0]["lqa"] = {
             "version": STATE_VERSION,
@@ -396,7 +401,7 @@ class LQA(Optimizer):
             "probes_with_gradients": self._probes_with_gradients,
             # All reasons: distributed checkpoints load the keys that a fresh optimizer has.
             "counts": {reason.value: self._counts[reason] for reason in Reason},
-        }
+        } | left
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -428,6 +433,7 @@ class LQA(Optimizer):
         self._path.extend(loss for loss in saved["path"] if loss is not None)
         if self._averaging is not None:
             self._averaging.stretch = saved["stretch"]
+            self._averaging.loaded(self._parameters(), self.state, saved)
         self._training = saved["training"]
         self._probes_with_gradients = saved["probes_with_gradients"]
         self._last = _NOTHING
@@ -510,6 +516,8 @@ class LQA(Optimizer):
         line = self._direction.line(self.param_groups, self.state, 0.0, self._averaging is not None)
         if self._averaging is not None:
             self._averaging.move(line.blocks, self.state, 0.0, 1.0)
+            if not self._training:
+                self._averaging.average(self._parameters(), self.state)
         for state in self.state.values():
             if "step" in state:
                 state["step"] *= 0
@@ -883,6 +891,7 @@ class LQA(Optimizer):
                 self._moves += 1
                 weight = self._averaging.weight(self._moves)
                 self._averaging.move(line.blocks, self.state, decision.step, weight)
+            self._averaging.leave(self.state)
         old = self.rate
         for group in self.param_groups:
             _set_lr(group, decision.rate * (group[_RATE] / old if old else 1.0))

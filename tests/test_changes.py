@@ -1,0 +1,566 @@
+"""What callers do to the parameters between steps, and to the averaged weights."""
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from configurations import CONFIGURATIONS
+from problems import Task, classification, identical, values
+from torch import nn
+from torch.nn import functional
+
+from quadstep import LQA
+from quadstep.averaging import WATCHED
+
+
+@torch.no_grad()
+def loss_of(task: Task) -> float:
+    return functional.cross_entropy(task.model(task.inputs), task.labels).item()
+
+
+def train(task: Task, opt: LQA, steps: int, enforce=lambda task: None, start: int = 0) -> None:
+    for step in range(start, start + steps):
+        opt.step(task.closure(step))
+        enforce(task)
+
+
+@torch.no_grad()
+def clamp(task):
+    for param in task.model.parameters():
+        param.clamp_(-0.2, 0.2)
+
+
+def clamp_data(task):
+    for param in task.model.parameters():
+        param.data.clamp_(-0.2, 0.2)
+
+
+def replace_data(task):
+    for param in task.model.parameters():
+        param.data = param.data.clamp(-0.2, 0.2)
+
+
+@torch.no_grad()
+def prune(task):
+    weight = task.model[0].weight
+    weight.mul_(torch.arange(weight.numel()).reshape(weight.shape) % 3 == 0)
+
+
+ROWS = torch.linspace(-0.3, 0.3, 24).reshape(3, 8)
+
+
+@torch.no_grad()
+def restore_rows(task):
+    task.model[0].weight[:3] = ROWS
+
+
+def restore_rows_of_data(task):
+    task.model[0].weight.data[:3] = ROWS
+
+
+@torch.no_grad()
+def unit_rows(task):
+    for layer in (task.model[0], task.model[2]):
+        layer.weight.copy_(functional.normalize(layer.weight, dim=1))
+
+
+@torch.no_grad()
+def sum_to_nothing(task):
+    task.model[2].weight.sub_(task.model[2].weight.mean(0))
+
+
+@torch.no_grad()
+def sort_rows(task):
+    task.model[0].weight.copy_(task.model[0].weight.sort(1).values)
+
+
+@torch.no_grad()
+def no_signs(task):
+    task.model[2].weight.abs_()
+
+
+ENFORCED = [
+    sort_rows,
+    no_signs,
+    clamp,
+    clamp_data,
+    replace_data,
+    prune,
+    restore_rows,
+    restore_rows_of_data,
+    unit_rows,
+    sum_to_nothing,
+]
+
+
+class TestWhatIsEnforcedAfterEachStep:
+    @pytest.mark.parametrize("enforce", ENFORCED)
+    @pytest.mark.parametrize("first", [0, 120], ids=["from the start", "later"])
+    def test_holds_in_what_eval_shows(self, enforce, first):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        train(task, opt, first)
+        train(task, opt, 200, enforce, start=first)
+        training, trained = values(task.model), loss_of(task)
+        opt.eval()
+        shown = values(task.model)
+        if enforce is unit_rows:
+            assert torch.equal(training[0], shown[0])
+        if enforce in (unit_rows, sum_to_nothing):
+            # To normalise once more changes bits.
+            assert torch.equal(training[2], shown[2])
+        else:
+            enforce(task)
+            assert identical(values(task.model), shown)
+        assert loss_of(task) < 1.02 * trained
+        opt.train()
+        assert identical(values(task.model), training)
+
+    @pytest.mark.parametrize("enforce", ENFORCED)
+    def test_trains_as_well_as_by_plain_steps(self, enforce):
+        losses = []
+        for build in (LQA, lambda params: torch.optim.AdamW(params, lr=3e-3)):
+            task = classification()
+            opt = build(task.model.parameters())
+            for step in range(400):
+                closure = task.closure(step)
+                if isinstance(opt, LQA):
+                    opt.step(closure)
+                else:
+                    opt.zero_grad()
+                    closure().backward()
+                    opt.step()
+                enforce(task)
+            losses.append(loss_of(task))
+        assert losses[0] < 1.1 * losses[1]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda param: param.mul_(1.0 - 1e-5),
+            lambda param: param.sign().mul_((param.abs() - 1e-5).clamp_(min=0.0)),
+            lambda param: param.mul_(1.1).div_(1.1),
+            lambda param: param.add_(1e-5 * torch.randn_like(param)),
+        ],
+        ids=["decay", "soft threshold", "rounding", "noise"],
+    )
+    def test_if_small_beside_a_step_keeps_the_average(self, change):
+        """The fast iterate is shifted along."""
+        shown = {}
+        for changes in (False, True):
+            task = classification()
+            opt = LQA(task.model.parameters())
+            for step in range(400):
+                opt.step(task.closure(step))
+                if changes:
+                    with torch.no_grad():
+                        for param in task.model.parameters():
+                            param.copy_(change(param))
+            leads = [own["z"] - param for param, own in opt.state.items()]
+            opt.eval()
+            shown[changes] = loss_of(task), sum(lead.abs().sum().item() for lead in leads)
+        assert shown[True][0] < 1.05 * shown[False][0]
+        assert shown[True][1] > 0.3 * shown[False][1]
+
+    def test_once_and_then_shown(self):
+        """As after training is over."""
+        task = classification()
+        opt = LQA(task.model.parameters())
+        train(task, opt, 100)
+        prune(task)
+        weight = task.model[0].weight.clone()
+        opt.eval()
+        assert torch.equal(task.model[0].weight, weight)
+
+    @pytest.mark.parametrize("change", [prune, clamp_data])
+    def test_once_then_saved_in_eval_mode(self, change):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        train(task, opt, 100)
+        change(task)
+        opt.eval()
+        shown = loss_of(task)
+        state = copy.deepcopy(opt.state_dict())
+        resumed = copy.deepcopy(task)
+        other = LQA(resumed.model.parameters())
+        other.load_state_dict(state)
+        for optimizer, owner in ((opt, task), (other, resumed)):
+            optimizer.train()
+            train(owner, optimizer, 5)
+        assert identical(values(task.model), values(resumed.model))
+        assert loss_of(resumed) < shown, "training went on from there"
+
+    @pytest.mark.parametrize("hidden", [16, 4096])
+    def test_if_it_changes_nothing_keeps_the_average_and_no_copy(self, hidden):
+        """As a box that nothing leaves."""
+        ends = []
+        for clamps in (False, True):
+            task = classification(nn.Linear(8, hidden), nn.Tanh(), nn.Linear(hidden, 20))
+            opt = LQA(task.model.parameters())
+            for step in range(60):
+                opt.step(task.closure(step))
+                if clamps:
+                    with torch.no_grad():
+                        for param in task.model.parameters():
+                            param.clamp_(-100.0, 100.0)
+            assert not any("left" in own for own in opt.state.values())
+            opt.eval()
+            ends.append(values(task.model))
+        assert identical(*ends)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda param: param.flip(0),
+            lambda param: param.roll(1, 0),
+            lambda param: param.flip(1),
+            lambda param: param.neg(),
+            lambda param: param.mul(0.5),
+        ],
+        ids=["rows", "rolled rows", "columns", "signs", "halves"],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(256, 512), (257, 511), (4, 3)])
+    @pytest.mark.parametrize("data", [False, True])
+    def test_in_whatever_way_is_seen(self, change, dtype, shape, data):
+        torch.manual_seed(0)
+        theta = nn.Parameter(torch.randn(shape, dtype=dtype))
+        opt = LQA([theta])
+        for _ in range(30):
+            opt.step(lambda: theta.float().square().mean())
+        changed = change(theta.detach().clone())
+        if data:
+            theta.data.copy_(changed)
+        else:
+            with torch.no_grad():
+                theta.copy_(changed)
+        opt.eval()
+        assert torch.equal(theta, changed)
+
+    def test_of_parameters_that_share_a_vector(self):
+        """At whatever place in it."""
+        task = classification(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 14001), nn.Linear(14001, 3))
+        vector = nn.utils.parameters_to_vector(task.model.parameters()).detach()
+        nn.utils.vector_to_parameters(vector, task.model.parameters())
+        opt = LQA(task.model.parameters())
+        train(task, opt, 20, clamp)
+        state = copy.deepcopy(opt.state_dict())
+        opt.load_state_dict(state)
+        train(task, opt, 5, clamp)
+        opt.eval()
+        assert max(param.abs().max() for param in task.model.parameters()) <= 0.2
+
+    def test_in_eval_mode_and_then_saved(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        train(task, opt, 100)
+        opt.eval()
+        prune(task)
+        kept = task.model[0].weight.clone()
+        resumed = copy.deepcopy(task)
+        other = LQA(resumed.model.parameters())
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+        for optimizer, owner in ((opt, task), (other, resumed)):
+            optimizer.train()
+            assert torch.equal(owner.model[0].weight, kept)
+
+    def test_in_a_hook_of_step(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        opt.register_step_post_hook(lambda *_: unit_rows(task))
+        train(task, opt, 60)
+        opt.eval()
+        norms = task.model[0].weight.norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms))
+
+    def test_in_the_closure(self):
+        torch.manual_seed(0)
+        table, head, index = nn.Embedding(6, 4, max_norm=1.0), nn.Linear(4, 6), torch.arange(6)
+        opt = LQA([*table.parameters(), *head.parameters()])
+        for _ in range(300):
+            loss = opt.step(lambda: functional.cross_entropy(head(table(index)), index))
+        opt.eval()
+        shown = functional.cross_entropy(head(table(index)), index).item()
+        assert shown < 1.1 * loss.item()
+
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+    def test_complex_parameters(self, dtype):
+        theta = nn.Parameter(torch.ones(4, dtype=dtype))
+        opt = LQA([theta])
+        for _ in range(50):
+            opt.step(lambda: (theta - 2j).abs().square().sum())
+            with torch.no_grad():
+                theta[0] = 1.0
+        opt.eval()
+        assert theta[0] == 1.0
+        assert theta[1] != 1.0
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    def test_in_other_precisions(self, dtype):
+        theta = nn.Parameter(torch.ones(4, dtype=dtype))
+        opt = LQA([theta])
+        for _ in range(50):
+            opt.step(lambda: (theta.float() - 2.0).square().sum())
+            theta.data[0] = 0.5
+        opt.eval()
+        assert theta[0] == 0.5
+
+    @pytest.mark.parametrize("stop", [1, 2, 30])
+    @pytest.mark.parametrize("enforce", [prune, clamp_data, unit_rows])
+    def test_resumes_bit_for_bit(self, enforce, stop):
+        whole, part, resumed = classification(), classification(), classification()
+        opt, first = LQA(whole.model.parameters()), LQA(part.model.parameters())
+        train(whole, opt, 40, enforce)
+        train(part, first, stop, enforce)
+        file = io.BytesIO()
+        torch.save((part.model.state_dict(), first.state_dict()), file)
+        file.seek(0)
+        model, state = torch.load(file)
+        second = LQA(resumed.model.parameters())
+        second.load_state_dict(state)
+        resumed.model.load_state_dict(model)
+        train(resumed, second, 40 - stop, enforce, start=stop)
+        assert identical(values(whole.model), values(resumed.model))
+        opt.eval()
+        second.eval()
+        assert identical(values(whole.model), values(resumed.model))
+
+    def test_costs_a_copy_of_what_is_changed_alone(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        weight = task.model[0].weight
+        train(task, opt, 5, prune)
+        assert {param for param in opt.state if "left" in opt.state[param]} == {weight}
+        train(task, opt, WATCHED + 1)
+        assert not any("left" in own for own in opt.state.values())
+
+    def test_a_state_that_is_forgotten_is_made_anew(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        for forget in (lambda: opt.state.pop(task.model[0].weight), opt.state.clear):
+            train(task, opt, 10, prune)
+            forget()
+            train(task, opt, 10, prune)
+            opt.eval()
+            opt.train()
+
+    def test_nothing_of_a_parameter_that_was_emptied_is_kept(self):
+        """As where weights are offloaded between steps."""
+        theta = nn.Parameter(torch.ones(64))
+        opt = LQA([theta])
+        for _ in range(5):
+            opt.step(lambda: theta.square().sum())
+        storage = weakref.ref(theta.untyped_storage())
+        held, theta.data = theta.data.clone(), torch.empty(0)
+        gc.collect()
+        assert storage() is None
+        theta.data = held
+        opt.step(lambda: theta.square().sum())
+
+
+class TestFrozenParameters:
+    @pytest.mark.parametrize("size", [16, 256])
+    @pytest.mark.parametrize("after", [10, 100])
+    def test_stay_where_they_are(self, size, after):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        for step in range(after):
+            opt.step(task.closure(step, size))
+        first = task.model[0].requires_grad_(False)
+        kept = first.weight.clone()
+        for step in range(after, after + 150):
+            opt.step(task.closure(step, size))
+            assert torch.equal(first.weight, kept)
+            opt.eval()
+            assert torch.equal(first.weight, kept)
+            opt.train()
+        first.requires_grad_(True)
+        for step in range(30):
+            opt.step(task.closure(step, size))
+        assert not torch.equal(first.weight, kept)
+
+    def test_for_the_step_of_another_optimizer_alone_keep_their_average(self):
+        """As a discriminator is while its generator steps."""
+        ends = []
+        for freezes in (False, True):
+            task = classification()
+            opt = LQA(task.model.parameters())
+            for step in range(60):
+                opt.step(task.closure(step))
+                if freezes:
+                    task.model.requires_grad_(False)
+                    task.model.requires_grad_(True)
+            task.model.requires_grad_(not freezes)
+            opt.eval()
+            ends.append(values(task.model))
+        assert identical(*ends)
+
+
+class TestWeightsThatAreLoaded:
+    @pytest.mark.parametrize("by", ["load_state_dict", "data", "vector"])
+    def test_are_where_training_goes_on_from_and_what_eval_shows(self, by):
+        task, other = classification(), classification(seed=3)
+        other = Task(other.model, task.inputs, task.labels)
+        opt, own = LQA(task.model.parameters()), LQA(other.model.parameters())
+        train(task, opt, 100)
+        train(other, own, 400)
+        own.eval()
+        if by == "load_state_dict":
+            task.model.load_state_dict(other.model.state_dict())
+        elif by == "data":
+            for param, loaded in zip(task.model.parameters(), values(other.model), strict=True):
+                param.data.copy_(loaded)
+        else:
+            vector = nn.utils.parameters_to_vector(other.model.parameters()).detach()
+            nn.utils.vector_to_parameters(vector, task.model.parameters())
+        loaded, start = values(other.model), loss_of(other)
+        opt.eval()
+        assert identical(values(task.model), loaded)
+        opt.train()
+        assert identical(values(task.model), loaded)
+        train(task, opt, 10)
+        assert loss_of(task) < 1.05 * start
+        opt.eval()
+        assert loss_of(task) < 1.05 * start
+        opt.train()
+        train(task, opt, 300)
+        opt.eval()
+        assert loss_of(task) < start
+
+    def test_in_eval_mode(self):
+        task, other = classification(), classification(seed=3)
+        opt = LQA(task.model.parameters())
+        train(task, opt, 100)
+        opt.eval()
+        task.model.load_state_dict(other.model.state_dict())
+        opt.train()
+        assert identical(values(task.model), values(other.model))
+        train(task, opt, 1)
+        for param, loaded in zip(task.model.parameters(), values(other.model), strict=True):
+            torch.testing.assert_close(param.detach(), loaded, rtol=0, atol=0.1)
+
+    @pytest.mark.parametrize("data", [False, True])
+    @pytest.mark.parametrize("averaged", [False, True])
+    def test_for_a_while_leave_no_trace(self, data, averaged):
+        """As an average that the caller keeps, for validation."""
+        plain, swapped = classification(), classification()
+        opts = [LQA(task.model.parameters()) for task in (plain, swapped)]
+        torch.manual_seed(0)
+        others = [torch.randn_like(param) for param in plain.model.parameters()]
+
+        def swap(weights):
+            held = [param.detach().clone() for param in swapped.model.parameters()]
+            for param, weight in zip(swapped.model.parameters(), weights, strict=True):
+                if data:
+                    param.data.copy_(weight)
+                else:
+                    with torch.no_grad():
+                        param.copy_(weight)
+            return held
+
+        for epoch in range(6):
+            for task, opt in zip((plain, swapped), opts, strict=True):
+                train(task, opt, 12, start=12 * epoch)
+            if averaged:
+                opts[1].eval()
+            held = swap(others)
+            if not averaged:
+                opts[1].eval()
+            assert identical(list(swapped.model.parameters()), others)
+            if not averaged:
+                opts[1].train()
+                assert identical(list(swapped.model.parameters()), others)
+            swap(held)
+            if averaged:
+                opts[1].train()
+            assert identical(values(plain.model), values(swapped.model))
+            for opt in opts:
+                opt.eval()
+            assert identical(values(plain.model), values(swapped.model))
+            for opt in opts:
+                opt.train()
+            assert not any("left" in own for own in opts[1].state.values())
+
+    def test_are_saved_as_they_are(self):
+        """The state that is saved while other weights are in place goes with either."""
+        task = classification()
+        opt = LQA(task.model.parameters())
+        train(task, opt, 50)
+        training = copy.deepcopy(task.model.state_dict())
+        for param in task.model.parameters():
+            param.data.zero_()
+        state = copy.deepcopy(opt.state_dict())
+        task.model.load_state_dict(training)
+        train(task, opt, 20, start=50)
+        resumed = classification()
+        resumed.model.load_state_dict(training)
+        other = LQA(resumed.model.parameters())
+        other.load_state_dict(state)
+        train(resumed, other, 20, start=50)
+        assert identical(values(task.model), values(resumed.model))
+
+
+class TestModes:
+    @pytest.mark.parametrize("name", ["lqa-auto", "lqa(adamw)", "lqa-paper"])
+    @pytest.mark.parametrize("every", [1, 7])
+    def test_evaluating_changes_no_step(self, name, every):
+        plain, evaluated = classification(), classification()
+        opts = [CONFIGURATIONS[name](task.model.parameters()) for task in (plain, evaluated)]
+        opts[1].eval()
+        opts[1].train()
+        for step in range(60):
+            train(plain, opts[0], 1, start=step)
+            train(evaluated, opts[1], 1, start=step)
+            if step % every == 0:
+                training = values(evaluated.model)
+                opts[1].eval()
+                opts[1].train()
+                assert identical(values(evaluated.model), training)
+        assert identical(values(plain.model), values(evaluated.model))
+
+    def test_evaluating_around_another_optimizer_changes_no_step(self):
+        ends = []
+        for evaluates in (False, True):
+            task = classification()
+            base = torch.optim.AdamW(task.model.parameters(), betas=(0.0, 0.999))
+            opt = LQA(base, averaging="schedule-free")
+            for step in range(40):
+                train(task, opt, 1, start=step)
+                if evaluates:
+                    opt.eval()
+                    opt.train()
+            ends.append(values(task.model))
+        assert identical(*ends)
+
+    def test_a_state_saved_in_eval_mode_resumes_bit_for_bit(self):
+        whole, resumed = classification(), classification()
+        opt = LQA(whole.model.parameters())
+        train(whole, opt, 25)
+        opt.eval()
+        file = io.BytesIO()
+        torch.save((whole.model.state_dict(), opt.state_dict()), file)
+        opt.train()
+        train(whole, opt, 25, start=25)
+        file.seek(0)
+        model, state = torch.load(file)
+        resumed.model.load_state_dict(model)
+        other = LQA(resumed.model.parameters())
+        other.load_state_dict(state)
+        other.train()
+        train(resumed, other, 25, start=25)
+        assert identical(values(whole.model), values(resumed.model))
+        opt.eval()
+        other.eval()
+        assert identical(values(whole.model), values(resumed.model))
+
+    def test_nothing_is_kept_of_evaluating(self):
+        task = classification()
+        opt = LQA(task.model.parameters())
+        train(task, opt, 25)
+        keys = {key for own in opt.state.values() for key in own}
+        opt.eval()
+        opt.train()
+        assert {key for own in opt.state.values() for key in own} == keys
