@@ -14,7 +14,7 @@ from torch import Tensor
 from quadstep.direction import real
 from quadstep.line import any_shard, at_hand, is_distributed, local, parted
 
-SMALL = 2**16
+SMALL = 2**14
 """Of tensors with at most so many entries a copy is kept, which takes less time than a sum."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
