@@ -19,6 +19,7 @@ from problems import (
     values,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 from quadstep import LQA, Reason, direction, line, optimizer
@@ -897,26 +898,26 @@ def full_loss_with_gradients(task: Task) -> float:
 
 
 def test_threads_train_side_by_side():
-    def train(seed):
-        task = classification(seed=seed)
-        opt = LQA(task.model.parameters())
+    """Each with buffers of its own, and models that are compiled later are."""
+
+    def job():
+        task = classification(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+        return task, LQA(task.model.parameters())
+
+    def train(job):
+        task, opt = job
         for step in range(150):
             opt.step(task.closure(step))
-        return values(task.model)
 
-    alone = [train(seed) for seed in (0, 0)]
-    assert identical(*alone)
-    tasks = [classification() for _ in range(3)]
-    opts = [LQA(task.model.parameters()) for task in tasks]
-
-    def run(index):
-        for step in range(150):
-            opts[index].step(tasks[index].closure(step))
-
+    alone, *jobs = [job() for _ in range(4)]
+    train(alone)
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(run, range(3)))
-    for task in tasks:
-        assert identical(values(task.model), alone[0])
+        list(pool.map(train, jobs))
+    for task, _ in jobs:
+        assert identical(values(task.model), values(alone[0].model))
+    frames = CompileCounter()
+    torch.compile(alone[0].model, backend=frames)(alone[0].inputs)
+    assert frames.frame_count == 1
 
 
 class TestOutOfMemory:

@@ -16,6 +16,7 @@ import operator
 import pickle
 import random
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -359,6 +360,10 @@ class Moment:
         )
 
 
+_STANCE = threading.RLock()
+"""The stance of torch's compiler is one for all threads, and each must find it as it was."""
+
+
 class Surroundings:
     """What a closure touches besides the parameters: random generators and the state of modules.
 
@@ -392,7 +397,7 @@ class Surroundings:
     def _discovering(
         self, moment: Moment, devices: Callable[[], Iterable[torch.device]]
     ) -> Generator[None]:
-        seen = set(self._alive())
+        seen, owner = set(self._alive()), threading.get_ident()
         kinds = {device.type for device in devices()}
 
         def note_autocast() -> None:
@@ -401,6 +406,8 @@ class Surroundings:
             )
 
         def note(module: nn.Module, _: object) -> None:
+            if threading.get_ident() != owner:
+                return
             note_autocast()
             if module not in seen:
                 fresh = [part for part in module.modules() if part not in seen]
@@ -413,7 +420,7 @@ class Surroundings:
         note_autocast()
         hook = nn.modules.module.register_module_forward_pre_hook(note)
         try:
-            with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            with _STANCE, torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Using `torch.compile.* global hooks")
                 yield
         finally:
