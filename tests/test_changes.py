@@ -298,6 +298,14 @@ class TestWhatIsEnforcedAfterEachStep:
         assert theta[0] == 1.0
         assert theta[1] != 1.0
 
+    def test_beside_parameters_without_an_entry(self):
+        params = [nn.Parameter(each) for each in (torch.empty(0), torch.empty(0, 3), ROWS.clone())]
+        opt = LQA(params)
+        for _ in range(20):
+            opt.step(lambda: sum(param.square().sum() for param in params))
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        opt.eval()
+
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
     def test_in_other_precisions(self, dtype):
         theta = nn.Parameter(torch.ones(4, dtype=dtype))

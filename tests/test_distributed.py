@@ -828,7 +828,10 @@ def outcomes(tmp_path_factory):
     ("launch", "check"), [(launch, check) for launch in LAUNCHES for check in LAUNCHES[launch][1]]
 )
 def test_on_ranks(outcomes, launch, check):
-    failures = [outcome.get(check, "did not finish") for outcome in outcomes[launch]]
+    failures = [
+        outcome.get(check, "did not finish: " + next(filter(None, outcome.values()), ""))
+        for outcome in outcomes[launch]
+    ]
     assert not any(failures), "\n".join(
         f"rank {index}: {failure}" for index, failure in enumerate(failures)
     )

@@ -135,4 +135,4 @@ def _sum(tensor: Tensor) -> Tensor:
 
 
 def _weighted(sums: Tensor) -> Tensor:
-    return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
+    return (sums * (2 * torch.arange(len(sums), device=sums.device) + 1)).sum()
