@@ -12,12 +12,15 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from configurations import CONFIGURATIONS
 from problems import noisy_classification, values
 from torch.nn import functional
+
+from quadstep import LQA
 
 STEPS, EVERY = 121, 3
 """The last step comes after the last checkpoint: its report is compared too, and is not saved."""
@@ -80,8 +83,9 @@ def finish(name: str, folder: Path) -> str:
 
 def main(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
-    # What the first optimizer of a process imports.
-    torch.optim.SGD([torch.zeros(())])
+    # What the first step of a process imports and sets up; autograd would not survive a fork.
+    with suppress(TypeError), torch.compiler.set_stance("force_eager"):
+        LQA([torch.zeros(())]).step()
     dice = random.Random(seed)
     results = {}
     for name in CONFIGURATIONS:
