@@ -157,17 +157,17 @@ class ScheduleFree:
         back all that the last step moved y takes back all that it moved z, which is beta / (1 -
         beta) times as far from y; one that is small beside a step shifts z along.
         """
-        changed = self._changed_entries(param, own)
-        own["unchanged"] = own["unchanged"] + 1 if changed is None else 0
-        if changed is not None:
-            own["z"].add_(changed)
+        shift = self._shift_of(param, own)
+        own["unchanged"] = own["unchanged"] + 1 if shift is None else 0
+        if shift is not None:
+            own["z"].add_(shift)
             # For the case that this step is undone and taken again.
             own["left"].copy_(*real([param]))
         if own["unchanged"] == WATCHED:
             del own["left"], own["unchanged"], self._watched[param]
             self._left.add(param)
 
-    def _changed_entries(self, param: Tensor, own: Any) -> Tensor | None:
+    def _shift_of(self, param: Tensor, own: Any) -> Tensor | None:
         """What z is to be shifted by; None where nothing has changed."""
         (held,) = real([param])
         if own["left"] is None:
@@ -221,12 +221,12 @@ class ScheduleFree:
         for number, param in enumerate(params):
             if param in self._watched and "left" in state.get(number, ()):
                 own = dict(state[number])
-                changed = self._changed_entries(param, own)
+                shift = self._shift_of(param, own)
                 # One less than the next step is to count.
-                unchanged[number] = own.pop("unchanged") if changed is None else -1
+                unchanged[number] = own.pop("unchanged") if shift is None else -1
                 del own["left"]
-                if changed is not None:
-                    own["z"] = own["z"] + changed
+                if shift is not None:
+                    own["z"] = own["z"] + shift
                 state[number] = own
         return {
             "bits": [self._left.bits(param) for param in params],

@@ -494,7 +494,7 @@ class LQA(Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _gradients(self) -> list[Tensor]:
-        return [param.grad for param in self._parameters() if param.grad is not None]
+        return gradients.of(self._parameters())
 
     def _devices(self) -> set[torch.device]:
         return {param.device for param in self._parameters()}
