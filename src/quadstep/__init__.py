@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quadstep.controllers import Reason
     from quadstep.optimizer import LQA, Report
-    from quadstep.parabola import Reason
 
 __all__ = ["LQA", "Reason", "Report", "__version__"]
 
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LQA": "quadstep.optimizer",
     "Report": "quadstep.optimizer",
-    "Reason": "quadstep.parabola",
+    "Reason": "quadstep.controllers",
 }
 
 

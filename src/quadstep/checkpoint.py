@@ -9,26 +9,19 @@ from typing import Any, TypeVar, get_type_hints
 T = TypeVar("T")
 
 
-def flatten(state: Any, prefix: str) -> dict[str, float]:
+def flatten(state: object, prefix: str) -> dict[str, float]:
     """Names the scalars of a dataclass, nested ones included, by their dotted paths."""
     flat: dict[str, float] = {}
     for name, key, nested in _layout(type(state), prefix):
         value = getattr(state, name)
-        if nested is None:
-            flat[key] = value
-        else:
-            flat |= flatten(value, f"{key}.")
+        flat |= flatten(value, f"{key}.") if nested else {key: value}
     return flat
 
 
 def unflatten(kind: type[T], flat: dict[str, float], prefix: str) -> T:
     """Builds the dataclass that `flatten` took apart; a missing key raises `KeyError`."""
-    return kind(
-        *(
-            flat[key] if nested is None else unflatten(nested, flat, f"{key}.")
-            for _, key, nested in _layout(kind, prefix)
-        )
-    )
+    layout = _layout(kind, prefix)
+    return kind(*(unflatten(type_, flat, f"{k}.") if type_ else flat[k] for _, k, type_ in layout))
 
 
 @cache

@@ -1,7 +1,6 @@
-"""From losses on a line to the rate of the step: the paper's rule, and a trust region.
+"""From losses on a line to the rate of a step: the rule of Zhu et al. (CIKM 2020), a trust region.
 
-Controllers hold configuration alone. Their state, of plain scalars, is passed in and returned.
-Equation and section numbers are those of Zhu et al. (CIKM 2020).
+Controllers hold configuration alone; their state, of plain scalars, is passed in and returned.
 """
 
 from __future__ import annotations
@@ -173,6 +172,12 @@ class VertexController:
         return VertexState(fit, state.fits + 1), Decision(minimizer, minimizer, reason)
 
 
+def _check(config: object, names: str, low: float, high: float) -> None:
+    for name in names.split():
+        if not low <= getattr(config, name) <= high:
+            raise ValueError(f"{name} must be in [{low}, {high}], not {getattr(config, name)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Damping:
     """Damps the minimizer while the loss rises: the rule for iterates that are not averaged.
@@ -192,10 +197,10 @@ class Damping:
     spread_decay: float = 0.1  # weight of a deviation below the spread
 
     def __post_init__(self) -> None:
-        _check(self, 0.0, 1.0, "decrease minimum unproven_growth contraction")
-        _check(self, 0.0, 1.0, "mean_weight spread_decay")
-        _check(self, 0.0, math.inf, "significance window")
-        _check(self, 1.0, math.inf, "increase")
+        fractions = "decrease minimum unproven_growth contraction mean_weight spread_decay"
+        _check(self, fractions, 0.0, 1.0)
+        _check(self, "significance window", 0.0, math.inf)
+        _check(self, "increase", 1.0, math.inf)
 
     def update(self, state: RegionState, loss: float, rate: float, reduction: float) -> RegionState:
         """Adds the loss before a step at a rate, and the reduction predicted of the step."""
@@ -239,11 +244,11 @@ class SufficientDecrease:
     spread_decay: float = 0.03  # weight of a deviation below the spread, against false positives
 
     def __post_init__(self) -> None:
-        _check(self, 0.0, 1.0, "contraction reference_weight converged peak_decay")
-        _check(self, 0.0, 1.0, "mean_weight spread_decay")
-        _check(self, 0.0, math.inf, "significance window failure warmup overdue")
-        _check(self, 0.0, self.overdue, "decay_power")
-        _check(self, 1.0, math.inf, "expansion")
+        fractions = "contraction reference_weight converged peak_decay mean_weight spread_decay"
+        _check(self, fractions, 0.0, 1.0)
+        _check(self, "significance window failure warmup overdue", 0.0, math.inf)
+        _check(self, "decay_power", 0.0, self.overdue)
+        _check(self, "expansion", 1.0, math.inf)
 
     def update(self, state: RegionState, loss: float, rate: float, reduction: float) -> RegionState:
         """Adds the loss before a step at a rate, and the reduction predicted of the step."""
@@ -301,10 +306,10 @@ class TrustRegionConfig:
     widening: float = 10.0  # factor of the distance where the curvature is unresolved
 
     def __post_init__(self) -> None:
-        _check(self, 0.0, 1.0, "smoothing contraction rejection largest_change")
-        _check(self, 0.0, math.inf, "step_cap")
-        _check(self, 1.0, math.inf, "growth catch_up settled_growth outliers outlier_ratio")
-        _check(self, 1.0, math.inf, "loss_cap signal widening")
+        _check(self, "smoothing contraction rejection largest_change", 0.0, 1.0)
+        _check(self, "step_cap", 0.0, math.inf)
+        factors = "growth catch_up settled_growth outliers outlier_ratio loss_cap signal widening"
+        _check(self, factors, 1.0, math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,16 +348,24 @@ class TrustRegionController:
         rising line or a non-finite one.
         """
         config, rate = self.config, _clamp(rate)
-        slope_check = state.slope_check.update(samples, state.region.damping)
-        if slope_check.passes and samples.is_finite:
+        check = state.slope_check.update(samples, state.region.damping)
+        if check.passes and samples.is_finite:
             # The fits that are averaged are of one kind, checks included.
             samples = replace(samples, loss_behind=None)
         fit, center = Quadratic.fit(samples), samples.loss_center
-        unresolved = samples.curvature_unresolved
-        state = replace(state, slope_check=slope_check)
+        unresolved, is_finite = samples.curvature_unresolved, samples.is_finite
+        region, noise = state.region, state.noise
         if math.isfinite(center):
-            state = self._record(state, rate, samples, Quadratic(0.0, 0.0) if unresolved else fit)
-        if not (samples.is_finite and fit.is_finite):
+            slope, curvature = (0.0, 0.0) if unresolved else (fit.slope, fit.curvature)
+            reduction = rate * (slope - curvature * rate)
+            reduction = max(0.0, reduction) if math.isfinite(reduction) else 0.0
+            if is_finite:
+                losses = (*samples.recent_losses, center)
+                noise = noise.update(losses, reduction, rate * abs(slope))
+            region = region if state.loss_scale else RegionState.initial(center)
+            region = config.rule.update(region, center, rate, reduction)
+        state = replace(state, region=region, noise=noise, slope_check=check)
+        if not (is_finite and math.isfinite(fit.slope) and math.isfinite(fit.curvature)):
             reason, hint = Reason.NON_FINITE, 0.0
         elif samples.loss_ahead - center > max(abs(center), state.loss_scale):
             # So far out the line is no quadratic: its minimizer is no place to step to.
@@ -370,20 +383,6 @@ class TrustRegionController:
         state = replace(state, minimum_distance=0.0, steps_since_contraction=0)
         return state, Decision(rate, 0.0, reason)
 
-    def _record(
-        self, state: TrustRegionState, rate: float, samples: LineSamples, fit: Quadratic
-    ) -> TrustRegionState:
-        """Adds the loss and the predicted reduction of a step to the statistics."""
-        loss, noise = samples.loss_center, state.noise
-        reduction = rate * (fit.slope - fit.curvature * rate)
-        reduction = max(0.0, reduction) if math.isfinite(reduction) else 0.0
-        if samples.is_finite:
-            losses = (*samples.recent_losses, loss)
-            noise = noise.update(losses, reduction, rate * abs(fit.slope))
-        region = state.region if state.loss_scale else RegionState.initial(loss)
-        region = self.config.rule.update(region, loss, rate, reduction)
-        return replace(state, region=region, noise=noise)
-
     def _average(
         self, state: TrustRegionState, fit: Quadratic, samples: LineSamples
     ) -> TrustRegionState:
@@ -396,10 +395,8 @@ class TrustRegionController:
         if outliers == config.outliers:
             fits, outliers = 1, 0
         weight = max(1.0 - config.smoothing, 1.0 / fits)
-        quadratic = Quadratic(
-            weighted_mean(past.slope, fit.slope, weight),
-            weighted_mean(past.curvature, fit.curvature, weight),
-        )
+        slope = weighted_mean(past.slope, fit.slope, weight)
+        curvature = weighted_mean(past.curvature, fit.curvature, weight)
         scale = loss = abs(samples.loss_center)
         if state.loss_scale != 0.0:
             capped = min(loss, config.loss_cap * state.loss_scale)
@@ -408,7 +405,7 @@ class TrustRegionController:
         signal = min(config.signal * samples.rounding_error, largest)
         return replace(
             state,
-            quadratic=quadratic,
+            quadratic=Quadratic(slope, curvature),
             fits=fits,
             steps_since_contraction=state.steps_since_contraction + 1,
             loss_scale=scale,
@@ -444,12 +441,6 @@ class TrustRegionController:
         if minimizer < config.rejection * rate:
             return contracted, Decision(minimizer, 0.0, Reason.MINIMUM)
         return state, Decision(minimizer, minimizer, Reason.MINIMUM, settled=True)
-
-
-def _check(config: object, low: float, high: float, names: str) -> None:
-    for name in names.split():
-        if not low <= getattr(config, name) <= high:
-            raise ValueError(f"{name} must be in [{low}, {high}], not {getattr(config, name)}")
 
 
 def _clamp(rate: float) -> float:

@@ -97,11 +97,6 @@ class Quadratic:
         return divide(self.slope, 2.0 * self.curvature)
 
     @property
-    def is_finite(self) -> bool:
-        """Whether both coefficients are finite."""
-        return math.isfinite(self.slope) and math.isfinite(self.curvature)
-
-    @property
     def has_minimum_ahead(self) -> bool:
         """Whether there is a minimum at a positive rate."""
         return self.slope > 0.0 and self.curvature > 0.0

@@ -1,0 +1,27 @@
+import math
+
+import pytest
+
+from quadstep.checkpoint import flatten, unflatten
+from quadstep.controllers import TrustRegionConfig, TrustRegionController, VertexController
+from quadstep.quadratic import LineSamples
+
+
+@pytest.mark.parametrize(
+    "controller", [VertexController(), TrustRegionController(TrustRegionConfig())]
+)
+def test_states_are_plain_scalars_under_dotted_keys(controller):
+    state, _ = controller.update(
+        controller.initial_state(), 0.1, LineSamples(0.1, 0.9, 1.0, 1.2, slope=math.nan)
+    )
+    flat = flatten(state, "lqa.controller.")
+    assert {type(value) for value in flat.values()} <= {int, float}
+    assert flat["lqa.controller.quadratic.slope"] == state.quadratic.slope
+    assert flat["lqa.controller.fits"] == 1
+    assert unflatten(type(state), flat, "lqa.controller.") == state
+
+
+def test_a_missing_key_is_named():
+    state = VertexController().initial_state()
+    with pytest.raises(KeyError, match=r"lqa\.quadratic\.slope"):
+        unflatten(type(state), {"lqa.fits": 0}, "lqa.")
