@@ -191,13 +191,13 @@ class Damping:
     minimum: float = 0.1  # of the damping
     significance: float = 3.0  # decrease of the loss that is sufficient, in spreads
     window: float = 50.0  # steps after which a predicted reduction would be visible
-    unproven_growth: float = 0.02  # fraction of the growth before the first sufficient decrease
+    initial_growth: float = 0.02  # fraction of the growth before the first sufficient decrease
     contraction: float = 0.9  # factor of the rate while the loss rises along a concave line
     mean_weight: float = 0.01  # of the newest loss in the second mean, a slow one
     spread_decay: float = 0.1  # weight of a deviation below the spread
 
     def __post_init__(self) -> None:
-        fractions = "decrease minimum unproven_growth contraction mean_weight spread_decay"
+        fractions = "decrease minimum initial_growth contraction mean_weight spread_decay"
         _check(self, fractions, 0.0, 1.0)
         _check(self, "significance window", 0.0, math.inf)
         _check(self, "increase", 1.0, math.inf)
@@ -218,7 +218,7 @@ class Damping:
         if state.damping < 1.0 and not (convex or invisible):
             return self.contraction * rate if state.losses.mean > state.second_mean else rate
         free = state.last_success or invisible
-        return proposed if free else rate + self.unproven_growth * (proposed - rate)
+        return proposed if free else rate + self.initial_growth * (proposed - rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +234,9 @@ class SufficientDecrease:
     failure: float = 10.0  # predicted reductions without success that contract, in spreads
     contraction: float = 0.95  # factor of the rate for these
     warmup: int = 10  # measurements in which the reference is the highest mean
-    reference_weight: float = 0.01  # of a mean above the reference, so that no outlier stays it
+    reference_weight: float = 0.01  # of a mean above the reference, so that an outlier fades
     overdue: int = 20  # measurements since a success from which on a higher loss contracts
-    decay_power: float = 3.0  # the rate then falls as updates**-decay_power
+    decay_power: float = 3.0  # the rate then falls with the updates to this negative power
     expansion: float = 1.7  # factor of the rate for each success
     converged: float = 0.01  # fraction of the peak loss below which any stable rate succeeds
     peak_decay: float = 0.999  # factor of the peak loss at a measurement
@@ -284,10 +284,7 @@ class SufficientDecrease:
 
 @dataclass(frozen=True, slots=True)
 class TrustRegionConfig:
-    """The constants of `TrustRegionController`, by default those for averaged iterates.
-
-    Those of the rules and of the statistics stand in their own classes.
-    """
+    """The constants of `TrustRegionController`, by default those for averaged iterates."""
 
     rule: SufficientDecrease | Damping = field(default=SufficientDecrease())
     smoothing: float = 0.97  # weight of the past in the averaged quadratic; 0 takes the last alone
@@ -333,19 +330,16 @@ class TrustRegionController:
         return TrustRegionState(RegionState.initial(0.0))
 
     def probe_distance(self, state: TrustRegionState, rate: float) -> float:
-        """The rate in force, or further out where rounding hides the curvature there.
-
-        The ratio of the two multiplies a wrapped optimizer's step in single precision.
-        """
+        """The rate in force, or further out where rounding hides the curvature there."""
+        # The ratio of the two multiplies a wrapped optimizer's step in single precision.
         return _clamp(max(rate, min(state.minimum_distance, LARGEST_RATE * rate)))
 
     def update(
         self, state: TrustRegionState, rate: float, samples: LineSamples
     ) -> tuple[TrustRegionState, Decision]:
-        """Chooses the next rate: positive, finite, in [contraction * rate, growth * rate].
+        """Chooses a finite rate in [contraction * rate, growth * rate], or beyond by `catch_up`.
 
-        A step is rejected where the line was not measured: after a large contraction, along a
-        rising line or a non-finite one.
+        A step is rejected after a large contraction, along a rising line or a non-finite one.
         """
         config, rate = self.config, _clamp(rate)
         check = state.slope_check.update(samples, state.region.damping)
@@ -368,7 +362,7 @@ class TrustRegionController:
         if not (is_finite and math.isfinite(fit.slope) and math.isfinite(fit.curvature)):
             reason, hint = Reason.NON_FINITE, 0.0
         elif samples.loss_ahead - center > max(abs(center), state.loss_scale):
-            # So far out the line is no quadratic: its minimizer is no place to step to.
+            # So far out a quadratic does not fit: its minimizer gives the order of magnitude.
             reason, hint = Reason.SHRUNK, fit.minimizer if fit.has_minimum_ahead else 0.0
         elif unresolved:
             if not state.fits and samples.slope_unresolved and not samples.contradicts_gradient:

@@ -60,9 +60,9 @@ class NoiseEstimate:
     STOCHASTIC: ClassVar[float] = 0.06  # ratio from which on there is nothing but noise
 
     def update(self, losses: Sequence[float], reduction: float, linear: float) -> NoiseEstimate:
-        """Adds the losses of successive steps, unless there are less than seven or one not finite.
+        """Adds seven or more losses of successive steps, and what the last predicts.
 
-        The last step has a predicted reduction; a rise by more than its linear term is noise.
+        A rise by more than the linear term of its predicted reduction is noise.
         """
         strided = zip(losses, losses[2:], losses[4:], losses[6:], strict=False)
         differences = [d - 3.0 * c + 3.0 * b - a for a, b, c, d in strided]
@@ -88,9 +88,9 @@ class NoiseEstimate:
 class SlopeCheck:
     """Whether the directional derivative that the gradient gives is the slope of the losses.
 
-    If so, one probe is enough; straight-through estimators, for example, fail. An error of the
-    slope shows in the curvature, the more the closer the probe, so curvatures are compared:
-    relative to the larger, or to that whose damped minimizer is at the probe if it is larger still.
+    If so, one probe is enough; straight-through estimators fail. An error of the slope changes the
+    curvature, the more the closer the probe. So curvatures are compared, relative to the larger or,
+    if that is larger still, to one whose damped minimizer is at the probe.
     """
 
     mean_difference: float = 0.0  # moving average of the relative difference
