@@ -1,4 +1,4 @@
-"""Losses on a line and the quadratic through them; equations are those of Zhu et al. (CIKM 2020)."""
+"""Losses on a line and the quadratic through them; equations of Zhu et al. (CIKM 2020)."""
 
 from __future__ import annotations
 
