@@ -8,26 +8,49 @@ import math
 import warnings
 from collections import OrderedDict, defaultdict
 from numbers import Integral, Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quadstep.line import Surroundings
+from quadstep.snapshot import ModuleTracker
 
 
-def check_params(params: Any) -> None:
-    """Refuses a module in the place of its parameters."""
+def check_params(
+    params: Any, own: dict[str, Any], searching: tuple[type[Optimizer], ...]
+) -> Optimizer | None:
+    """Refuses what cannot be trained; returns the optimizer to wrap, if it is one.
+
+    `own` are the arguments that an optimizer brings, and `searching` searches its own line.
+    """
     if isinstance(params, nn.Module):
         raise TypeError(
             f"params must be parameters, param groups or an optimizer, got a module, "
             f"{type(params).__name__}; use LQA(model.parameters())"
         )
+    if not isinstance(params, Optimizer):
+        return None
+    if isinstance(params, searching):
+        raise TypeError(
+            f"LQA cannot wrap {type(params).__name__}, which searches its own line; "
+            "pass the parameters, or an optimizer that takes plain steps"
+        )
+    check_base(params, own)
+    return params
+
+
+def check_no_optimizer(params: Any) -> None:
+    """Refuses an optimizer, whose steps are not the gradient."""
+    if isinstance(params, Optimizer):
+        raise TypeError(
+            "LQA.paper follows the gradient and takes parameters, not an optimizer; "
+            "use LQA(optimizer) to measure along another optimizer's steps"
+        )
 
 
 def check_lr(lr: Any) -> None:
-    """Refuses a learning rate; None, which frameworks pass for want of one, is taken."""
+    """Refuses a learning rate; None, which frameworks pass by default, is accepted."""
     if lr is not None:
         raise ValueError(
             f"LQA measures the learning rate, so there is none to choose, got lr={lr!r}; leave lr "
@@ -36,16 +59,7 @@ def check_lr(lr: Any) -> None:
 
 
 def check_base(base: Optimizer, own: dict[str, Any]) -> None:
-    """Refuses optimizers whose steps cannot be measured, and arguments that are the optimizer's.
-
-    Args:
-        base: the optimizer to wrap.
-        own: what was given of `direction`, `delta0` and `weight_decay`.
-
-    Raises:
-        TypeError: the optimizer takes steps that are not its own alone.
-        ValueError: a group has no learning rate or maximises, or an argument is the optimizer's.
-    """
+    """Refuses optimizers whose steps cannot be measured, and arguments that they have."""
     name = type(base).__name__
     inner: Any = base
     while isinstance(getattr(inner, "optimizer", None), Optimizer):
@@ -105,7 +119,7 @@ def _needs_closure(base: Optimizer) -> bool:
         return True
 
     def step(*closures: Any) -> bool:
-        moment = Surroundings().capture(())
+        snapshot = ModuleTracker().capture(())
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -113,7 +127,7 @@ def _needs_closure(base: Optimizer) -> bool:
         except Exception:
             return False
         finally:
-            moment.restore()
+            snapshot.restore()
         return True
 
     return not step() and step(lambda: torch.zeros((), requires_grad=True))
@@ -141,17 +155,13 @@ def _stand_in(base: Optimizer) -> Optimizer:
     return copied
 
 
-def check_direction(direction: Any) -> None:
-    """Refuses directions that are not LQA's own."""
+def check_choices(direction: Any, averaging: Any) -> None:
+    """Refuses directions and ways of averaging that do not exist."""
     if direction not in (None, "rms", "sgd"):
         raise ValueError(
             f'direction must be "rms" or "sgd", got {direction!r}; to follow another '
             "optimizer's steps pass the optimizer itself: LQA(torch.optim.AdamW(params))"
         )
-
-
-def check_averaging(averaging: Any) -> None:
-    """Refuses ways of averaging that there are not."""
     if averaging not in (None, "auto", "schedule-free"):
         raise ValueError(f'averaging must be "schedule-free" or None, got {averaging!r}')
 
@@ -172,16 +182,14 @@ def check_delta0(value: Any) -> None:
         )
 
 
-def check_group(group: dict[str, Any], decays: bool) -> None:
-    """Refuses rates and weight decays that are none.
-
-    Args:
-        group: a param group, with or without these entries.
-        decays: whether the direction takes a weight decay.
-    """
+def check_group(group: dict[str, Any], defaults: dict[str, Any], decays: bool) -> None:
+    """Refuses a rate or weight decay that is out of range; drops either where it is None."""
+    for name in ("lr", "weight_decay"):
+        if group.get(name, 0.0) is None:
+            del group[name]
     if not 0.0 <= rate(group.get("lr", 0.0)) < math.inf:
         raise ValueError(f"lr must be finite and not negative, got {group['lr']!r}")
-    decay = group.get("weight_decay", 0.0)
+    decay = group.get("weight_decay", defaults["weight_decay"])
     if not 0.0 <= _number(decay) < math.inf:
         raise ValueError(
             f"weight_decay must be a finite number, not negative, got {decay!r}; "
@@ -200,6 +208,23 @@ def check_shape(param: Tensor, kept: Tensor) -> None:
         raise ValueError(
             f"a parameter has shape {tuple(param.shape)}, but had {tuple(kept.shape)} when its "
             "state was made; forget that state with del opt.state[param], or construct LQA anew"
+        )
+
+
+def check_call(closure: Any, loss: Any, training: bool) -> None:
+    """Refuses a step without a closure, with a loss that is none, or in evaluation mode."""
+    if not callable(closure):
+        raise TypeError(
+            f"step() needs a closure that returns the loss, got {type(closure).__name__}; "
+            "call it as opt.step(lambda: loss_fn(model(x), y)), which runs backward itself, or "
+            "after loss.backward() as opt.step(closure, loss=loss)"
+        )
+    if loss is not None:
+        check_loss(loss, "loss")
+    if not training:
+        raise RuntimeError(
+            "step() was called while the parameters hold the averaged weights; "
+            "call opt.train() first"
         )
 
 
@@ -235,15 +260,3 @@ def rate(lr: Any) -> float:
 def _number(value: Any) -> float:
     """The value of any real number; not a number for anything else, flags included."""
     return float(value) if not isinstance(value, bool) and isinstance(value, Real) else math.nan
-
-
-def with_python_numbers(value: Any) -> Any:
-    """Replaces NumPy's numbers, which checkpoints are not loaded with unless they are trusted."""
-    if isinstance(value, dict):
-        entries = cast(dict[Any, Any], value)
-        return {key: with_python_numbers(entry) for key, entry in entries.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(with_python_numbers, value))
-    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-        return value.tolist()
-    return value

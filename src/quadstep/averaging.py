@@ -1,307 +1,311 @@
-"""Schedule-free averaging: a greedy iterate, its average, and the point between them.
-
-Defazio et al., "The Road Less Scheduled" (2024): the fast iterate z takes the steps, x is the
-average of its path, and gradients are taken at y = (1 - beta) z + beta x. The parameters hold y
-while training and x while evaluating; z is kept, and x follows from y and z, so that only one copy
-of the parameters is stored, and one more, of y, while they hold x.
-
-Callers change parameters between steps: they clip, mask and project them, restore rows, load other
-weights. What they change is where training goes on from, so z follows. Which entries have changed
-only a copy tells; it is kept of the parameters that have been changed, which are watched.
-"""
+"""How a step moves the parameters: along its line, or by schedule-free averaging."""
 
 # torch.optim itself is built from the foreach operations, private in name alone.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, MutableMapping
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from quadstep.arguments import check_shape
-from quadstep.direction import real
-from quadstep.fingerprint import Fingerprints
-from quadstep.line import Block, is_distributed, whole
+from quadstep.changes import UNKNOWN, ChangeDetector
+from quadstep.line import Line, ParamBlock
+from quadstep.tensors import full_tensor, real_views
 
-WATCHED = 100
-"""For so many steps after the last change a copy of a parameter is kept."""
+Groups = list[dict[str, Any]]
+State = MutableMapping[Any, dict[str, Any]]
+
+UPDATES, MOMENTUM_SCALE = "lqa.updates", "lqa.momentum_scale"
+
+WATCHED_STEPS = 100
+"""A copy of a parameter is kept until the caller has left it alone for so many steps."""
 
 
-class ScheduleFree:
-    """The iterates of schedule-free averaging.
+class Update(Protocol):
+    """How a step moves the parameters, and which weights evaluation shows.
 
-    Args:
-        beta: weight of the average in the point where gradients are taken.
-        kappa: how far the fast iterate steps, in units of the measured rate. The line is measured
-            at y, which moves by a fraction of what z moves.
-        power: the n-th iterate counts in the average with about the power of n, so that the average
-            forgets where a long run began.
-        furthest: how many times as far z steps at most, see `adapt`.
-
-    Attributes:
-        stretch: how many times as far z steps at present.
-
-    State of a parameter: `z`; `y`, while it holds x; `left`, what the last step left in it, and
-    `unchanged`, for how many steps it has been left so, where the caller has changed it.
+    All methods take the param groups, the first of which holds the scalars, or the per-parameter
+    state, or both.
     """
 
-    def __init__(
-        self, beta: float = 0.9, kappa: float = 4.0, power: float = 3.0, furthest: float = 3.0
+    averages: ClassVar[bool]
+
+    def initial_scalars(self) -> dict[str, int | float]:
+        """Returns what the first param group must hold."""
+        return {}
+
+    def initialize(self, blocks: list[ParamBlock], state: State) -> None:
+        """Makes the state of parameters that have none."""
+
+    def observe(self, groups: Groups, state: State, look: bool) -> None:
+        """Follows the caller's changes; to look for hidden ones, too, waits for the device."""
+
+    def apply(
+        self, line: Line, groups: Groups, state: State, step: float, determinism: float | None
     ) -> None:
-        self.power = power
-        self.stretch = 1.0
-        # Of y as the last step left it, but of the watched ones, and of x while it is held.
-        self._left = Fingerprints()
-        # In one order on all processes.
-        self._watched: dict[Tensor, None] = {}
-        self._frozen: set[Tensor] = set()
-        self._shown = Fingerprints()
-        # Whether to look at all parameters at the next step.
-        self._looks = False
-        self._beta = beta
-        self._kappa = kappa
-        self._furthest = furthest
-
-    @property
-    def beta(self) -> float:
-        """The weight of the average in y at present."""
-        return 1.0 - (1.0 - self._beta) / self.stretch
-
-    @property
-    def kappa(self) -> float:
-        """How far the fast iterate steps at present, in units of the measured rate."""
-        return self._kappa * self.stretch
-
-    def weight(self, moves: int) -> float:
-        """The share of the newest iterate in the average of so many, in (0, 1]."""
-        return (1.0 + self.power) / (moves + self.power)
-
-    def move(self, blocks: list[Block], state: Any, rate: float, weight: float) -> None:
-        """Moves z against the direction, x towards z, and y with both.
-
-        Written for y and z alone, with `s = kappa * rate` and c the weight:
-        `y <- (1 - c) y + c z - (1 - beta (1 - c)) s d` and `z <- z - s d`.
+        """Moves the parameters from the start of the line.
 
         Args:
-            blocks: the parameters, at y, and their directions.
-            state: the per-parameter state, where z lives.
-            rate: the measured rate.
-            weight: share of the new z in the average x, in (0, 1].
+            line: the line, with the parameters anywhere on it.
+            groups: the param groups.
+            state: the per-parameter state.
+            step: the rate to move by; zero moves nothing.
+            determinism: from 0, losses are noisy, to 1; None after a measurement that failed.
         """
+        ...
+
+    def show_average(self, groups: Groups, state: State) -> None:
+        """Puts the averaged weights into the parameters."""
+
+    def resume(self, groups: Groups, state: State) -> None:
+        """Puts the weights back that training goes on from."""
+
+    def save(self, groups: Groups, packed: dict[Any, Any]) -> None:
+        """Completes the state that a state dict keeps by number, without changing the live one."""
+
+    def load(self, groups: Groups, state: State) -> None:
+        """Goes on from a loaded state; parameters may be loaded before or after."""
+
+
+class PlainUpdate(Update):
+    """The step itself."""
+
+    averages = False
+
+    def apply(
+        self, line: Line, groups: Groups, state: State, step: float, determinism: float | None
+    ) -> None:
+        """Moves along the line."""
+        line.move(step)
+
+
+class ScheduleFree(Update):
+    """Schedule-free averaging (Defazio et al., "The Road Less Scheduled", 2024).
+
+    z takes the steps, x is the average of the z, and gradients are taken at y = (1 - beta) z +
+    beta x, which the parameters hold in training. Only z is stored; x follows from y and z. What
+    the caller changes in y, as by clipping, masking or loading weights, z follows.
+
+    Args:
+        beta: weight of x in y.
+        z_step_scale: step of z in units of the measured rate; y moves by a fraction of it.
+        weight_power: the n-th z has a weight of about n to this power in x.
+        max_momentum_scale: where losses are deterministic, steps of z are longer by a scale, at
+            most this, and y takes as much less of z.
+
+    Example:
+        >>> update = ScheduleFree(beta=0.9)
+        >>> groups = [{"params": [param], **update.initial_scalars()}]
+        >>> update.apply(line, groups, state, step=0.1, determinism=0.0)
+        >>> update.show_average(groups, state)
+    """
+
+    averages = True
+
+    def __init__(
+        self,
+        beta: float = 0.9,
+        z_step_scale: float = 4.0,
+        weight_power: float = 3.0,
+        max_momentum_scale: float = 3.0,
+    ) -> None:
+        self._beta = beta
+        self._z_step_scale = z_step_scale
+        self._weight_power = weight_power
+        self._max_momentum_scale = max_momentum_scale
+        # y as the last step left it: copies where it was changed lately (None once loaded, until
+        # it is observed; in the same order on all processes), and a detector for the rest.
+        self._watched: dict[Tensor, Tensor | None] = {}
+        self._y, self._x = ChangeDetector(), ChangeDetector()
+        self._frozen: set[Tensor] = set()
+        self._look_next = False
+
+    def initial_scalars(self) -> dict[str, int | float]:
+        """The number of updates, and the momentum scale."""
+        return {UPDATES: 0, MOMENTUM_SCALE: 1.0}
+
+    def initialize(self, blocks: list[ParamBlock], state: State) -> None:
+        """Starts z at y, and the other keys, too: distributed checkpoints load no new ones."""
         for block in blocks:
-            fast: list[Tensor] = []
             for owner, param in zip(block.owners, block.params, strict=True):
                 if "z" not in state[owner]:
-                    state[owner]["z"] = param.clone()
-                    self._left.add(owner)
-                fast.append(state[owner]["z"])
-            step = self.kappa * rate / block.unit
-            torch._foreach_lerp_(block.params, fast, weight)
-            torch._foreach_add_(
-                block.params, block.direction, alpha=-step * (1.0 - self.beta * (1.0 - weight))
-            )
-            torch._foreach_add_(fast, block.direction, alpha=-step)
+                    counts = {"unchanged_steps": WATCHED_STEPS}
+                    checksums = {"y_checksum": UNKNOWN, "x_checksum": UNKNOWN}
+                    state[owner] |= {"z": param.clone()} | counts | checksums
+                    self._watched.pop(owner, None)
+                    self._y.add(owner)
 
-    def adapt(self, quiet: float, moves: int, params: list[Tensor], state: Any) -> None:
-        """Lets z step further where the losses are free of noise.
-
-        As many times less of it is then in y, which a step by itself moves no further. That is what
-        more momentum is to gradient descent: along a valley the steps add up, across it they
-        cancel. But the average draws y after z, too, and much so while it is young: no further than
-        where that moves y by as much as a step itself. Where the weights change x stays, and moved
-        is whichever of y and z comes nearer to it.
-
-        Args:
-            quiet: how free of noise the losses are, from 0 to 1.
-            moves: how many steps there were.
-            params: all parameters, at y.
-            state: the per-parameter state, where z lives.
-        """
-        most = min(max((1.0 - self._beta) / self.weight(moves), 1.0), self._furthest)
-        stretch = most**quiet
-        if stretch == self.stretch:
-            return
-        before, self.stretch = self.beta, stretch
-        if self.beta > before:
-            self._towards_fast(params, state, 1.0 - self.beta / before)
-            return
-        left = self.beta / (1.0 - self.beta) * (1.0 - before) / before
-        for held, fast in _pairs(params, state):
-            fast.lerp_(held, 1.0 - left)
-
-    def follow(self, state: Any, look: bool) -> None:
-        """Lets z follow what the caller has changed in y since the last step.
-
-        Args:
-            state: the per-parameter state.
-            look: whether to look at all parameters, which waits for their device, although the
-                version of none has changed.
-        """
+    def observe(self, groups: Groups, state: State, look: bool) -> None:
+        """Lets z follow the entries of watched parameters, and others as a whole."""
         for param in [*self._watched]:
-            if "left" in state.get(param, ()):
-                self._shift(param, state[param])
-            else:
+            if "z" not in state.get(param, ()):
                 del self._watched[param]
-        frozen = {param for param in self._left if not param.requires_grad}
-        if look or self._looks or self._left.touched or frozen != self._frozen:
-            self._take(state, frozen)
-        self._looks = False
-
-    def _shift(self, param: Tensor, own: Any) -> None:
-        """Shifts z with the entries of y that have changed.
-
-        An entry of z keeps as much of its lead over y as the change leaves: a change that takes
-        back all that the last step moved y takes back all that it moved z, which is beta / (1 -
-        beta) times as far from y; one that is small beside a step shifts z along.
-        """
-        shift = self._shift_of(param, own)
-        own["unchanged"] = own["unchanged"] + 1 if shift is None else 0
-        if shift is not None:
-            own["z"].add_(shift)
-            # For the case that this step is undone and taken again.
-            own["left"].copy_(*real([param]))
-        if own["unchanged"] == WATCHED:
-            del own["left"], own["unchanged"], self._watched[param]
-            self._left.add(param)
-
-    def _shift_of(self, param: Tensor, own: Any) -> Tensor | None:
-        """What z is to be shifted by; None where nothing has changed."""
-        (held,) = real([param])
-        if own["left"] is None:
-            own["left"] = held.clone()
-            return None
-        check_shape(held, own["left"])
-        if is_distributed(held):
-            same = not whole((held != own["left"]).any())
-        else:
-            same = torch.equal(held, own["left"])
-        if same:
-            return None
-        change = held - own["left"]
-        bound = change.abs().mul_(self.beta / (1.0 - self.beta))
-        lead = own["z"] - own["left"]
-        return change.sub_(torch.clamp(lead, -bound, bound))
-
-    def _take(self, state: Any, frozen: set[Tensor]) -> None:
-        """Lets z take the values of parameters that have changed, or that were frozen.
-
-        Which entries have changed is not known yet; the parameter is watched from now on.
-        """
-        changed = self._left.changed()
-        for param in self._left:
+                continue
+            state[param] |= self._followed(param, state[param], groups)
+            # At once, in case this step is undone and taken again.
+            self._watched[param] = _real(param).clone()
+            if state[param]["unchanged_steps"] == WATCHED_STEPS:
+                del self._watched[param]
+                self._y.add(param)
+        frozen = {param for param in self._y if not param.requires_grad}
+        if not (look or self._look_next or self._y.version_changed or frozen != self._frozen):
+            return
+        changed = self._y.changed()
+        for param in self._y:
             own = state.get(param, {})
             if "z" not in own:
-                self._left.remove(param)
+                self._y.remove(param)
             elif param in changed or param in frozen - self._frozen:
-                (held,) = real([param])
-                check_shape(held, own["z"])
-                own["z"].copy_(held)
+                y = _real(param)
+                check_shape(y, own["z"])
+                own["z"].copy_(y)
                 if param in changed:
-                    self._left.remove(param)
-                    own |= {"left": held.clone(), "unchanged": 0}
-                    self._watched[param] = None
-        self._frozen = frozen
+                    own["unchanged_steps"] = 0
+                    self._watched[param] = y.clone()
+                    self._y.remove(param)
+        self._frozen, self._look_next = frozen, False
+
+    def apply(
+        self, line: Line, groups: Groups, state: State, step: float, determinism: float | None
+    ) -> None:
+        """Adapts the momentum scale, moves z, x and y, and records y."""
+        line.restore()
+        if determinism is not None:
+            self._adapt(groups, state, determinism)
+        if step:
+            groups[0][UPDATES] += 1
+            self._move(line.blocks, groups, state, step)
+        for param, copy in self._watched.items():
+            if copy is not None:
+                copy.copy_(_real(param))
+        self._y.record()
+
+    def show_average(self, groups: Groups, state: State) -> None:
+        """Replaces y by x, but not where the caller has changed y: x may break a constraint."""
+        beta = self._momentum(groups)
+        changed = self._y.changed()
+        self._look_next = bool(changed)
+        self._x = ChangeDetector()
+        for param, held, z in _iterates(groups, state):
+            if param in self._y and param not in changed:
+                state[param]["y"] = held.clone()
+                held.lerp_(z, 1.0 - 1.0 / beta)
+                self._x.add(param)
+        self._x.record()
+
+    def resume(self, groups: Groups, state: State) -> None:
+        """Replaces x by y, but not where the caller has changed x."""
+        beta = self._momentum(groups)
+        changed = self._x.changed()
+        self._look_next = self._look_next or bool(changed)
+        for param, held, z in _iterates(groups, state):
+            y = state[param].pop("y", None)
+            if param in self._x and param not in changed:
+                if y is not None:
+                    held.copy_(y)
+                elif self._y.checksum(param) == UNKNOWN:
+                    # A distributed checkpoint has no y.
+                    held.lerp_(z, 1.0 - beta)
+        self._x = ChangeDetector()
 
     @torch.no_grad()
-    def saved(self, params: list[Tensor], state: dict[Any, Any]) -> dict[str, Any]:
-        """What is saved of the parameters as the last step left them.
-
-        In the per-parameter state there is only what a fresh optimizer has, which is all that
-        distributed checkpoints load: in place of what tells which entries were changed since, z
-        is shifted by them.
-
-        Args:
-            params: all parameters, in the order that the keys of the state number them in.
-            state: the per-parameter state as torch saves it, in which z is replaced.
-        """
-        unchanged: list[int | None] = [None] * len(params)
-        for number, param in enumerate(params):
-            if param in self._watched and "left" in state.get(number, ()):
-                own = dict(state[number])
-                shift = self._shift_of(param, own)
-                # One less than the next step is to count.
-                unchanged[number] = own.pop("unchanged") if shift is None else -1
-                del own["left"]
-                if shift is not None:
-                    own["z"] = own["z"] + shift
-                state[number] = own
-        return {
-            "bits": [self._left.bits(param) for param in params],
-            "shown": [self._shown.bits(param) for param in params],
-            "unchanged": unchanged,
-        }
-
-    def loaded(self, params: list[Tensor], state: Any, saved: dict[str, Any]) -> None:
-        """Takes over what a loaded state tells of the parameters as the last step left them."""
-        self._left, self._watched, self._frozen = Fingerprints(), {}, set()
-        self._shown, self._looks = Fingerprints(), True
-        rows = zip(params, saved["bits"], saved["shown"], saved["unchanged"], strict=True)
-        for param, bits, shown, unchanged in rows:
-            own = state.get(param, {})
+    def save(self, groups: Groups, packed: dict[Any, Any]) -> None:
+        """Lets the saved z follow now, as copies of y are not saved, and adds checksums."""
+        for number, param in enumerate(_parameters(groups)):
+            own: dict[str, Any] = packed.get(number, {})
             if "z" not in own:
                 continue
-            if unchanged is None:
-                self._left.add(param, bits)
-                self._shown.add(param, shown)
-            else:
-                # What it holds is not loaded yet, perhaps.
-                own |= {"left": None, "unchanged": unchanged}
+            if param in self._watched:
+                own = self._followed(param, own, groups)
+                # The next step counts once more.
+                own["unchanged_steps"] -= 1
+            checksums = {"y_checksum": self._y.checksum(param)}
+            checksums["x_checksum"] = self._x.checksum(param)
+            packed[number] = own | checksums
+
+    def load(self, groups: Groups, state: State) -> None:
+        """Watches the parameters that were watched, and compares others with the checksums."""
+        self._watched, self._frozen, self._look_next = {}, set(), True
+        self._y, self._x = ChangeDetector(), ChangeDetector()
+        for param in _parameters(groups):
+            own = state.get(param, {})
+            if "z" in own and own["unchanged_steps"] < WATCHED_STEPS:
                 self._watched[param] = None
+            elif "z" in own:
+                self._y.add(param, own["y_checksum"])
+                self._x.add(param, own["x_checksum"])
 
-    def leave(self, state: Any) -> None:
-        """Records y as a step leaves it."""
-        for param in self._watched:
-            state[param]["left"].copy_(*real([param]))
-        self._left.record()
+    def _momentum(self, groups: Groups) -> float:
+        return 1.0 - (1.0 - self._beta) / groups[0][MOMENTUM_SCALE]
 
-    def average(self, params: list[Tensor], state: Any) -> None:
-        """Replaces y by x in the parameters, but not in those that the caller changes.
+    def _newest_weight(self, groups: Groups) -> float:
+        """The weight of the newest z in x, in (0, 1]."""
+        return (1.0 + self._weight_power) / (groups[0][UPDATES] + self._weight_power)
 
-        What a caller enforces after each step may not hold of x.
+    def _adapt(self, groups: Groups, state: State, determinism: float) -> None:
+        """Sets the momentum scale: at most such that x draws y along no further than a step does.
+
+        More momentum adds up steps along a valley and cancels those across it. x stays, and y or z
+        moves closer to it.
         """
-        self._shown = Fingerprints()
-        changed = self._left.changed()
-        self._looks = bool(changed)
-        for param in _moved(params, state):
-            if param in self._left and param not in changed:
-                own = state[param]
-                (held,) = real([param])
-                own["y"] = held.clone()
-                held.lerp_(own["z"], 1.0 - 1.0 / self.beta)
-                self._shown.add(param)
-        self._shown.record()
+        drawn = (1.0 - self._beta) / self._newest_weight(groups)
+        scale = min(max(drawn, 1.0), self._max_momentum_scale) ** determinism
+        if scale == groups[0][MOMENTUM_SCALE]:
+            return
+        old = self._momentum(groups)
+        groups[0][MOMENTUM_SCALE] = scale
+        new = self._momentum(groups)
+        for _, y, z in _iterates(groups, state):
+            if new > old:
+                y.lerp_(z, 1.0 - new / old)
+            else:
+                z.lerp_(y, 1.0 - new / (1.0 - new) * (1.0 - old) / old)
 
-    def resume(self, params: list[Tensor], state: Any) -> None:
-        """Replaces x by y in the parameters, but not in those that the caller has changed."""
-        changed = self._shown.changed()
-        self._looks = self._looks or bool(changed)
-        for param in _moved(params, state):
-            own = state[param]
-            y = own.pop("y", None)
-            if param not in self._shown or param in changed:
-                continue
-            (held,) = real([param])
-            if y is not None:
-                held.copy_(y)
-            elif self._left.bits(param) is None:
-                # A distributed checkpoint keeps no more than a fresh optimizer has.
-                held.lerp_(own["z"], 1.0 - self.beta)
-        self._shown = Fingerprints()
+    def _move(self, blocks: list[ParamBlock], groups: Groups, state: State, rate: float) -> None:
+        """Moves z, x and y, written for z and y with s the step of z and c the weight of z in x.
 
-    def _towards_fast(self, params: list[Tensor], state: Any, weight: float) -> None:
-        for held, fast in _pairs(params, state):
-            held.lerp_(fast, weight)
+        y <- (1 - c) y + c z - (1 - beta (1 - c)) s d, and z <- z - s d.
+        """
+        self.initialize(blocks, state)
+        weight = self._newest_weight(groups)
+        fraction = 1.0 - self._momentum(groups) * (1.0 - weight)
+        for block in blocks:
+            z = [state[owner]["z"] for owner in block.owners]
+            step = self._z_step_scale * groups[0][MOMENTUM_SCALE] * rate / block.lr_ratio
+            torch._foreach_lerp_(block.params, z, weight)
+            torch._foreach_add_(block.params, block.direction, alpha=-step * fraction)
+            torch._foreach_add_(z, block.direction, alpha=-step)
+
+    def _followed(self, param: Tensor, own: dict[str, Any], groups: Groups) -> dict[str, Any]:
+        """The state of a watched parameter once z has followed y; shares what has not changed.
+
+        A change of y that undoes a step also undoes that of z, whose distance from y it reduces by
+        at most beta / (1 - beta) times itself; one that is small beside a step shifts z.
+        """
+        y, copy, beta = _real(param), self._watched[param], self._momentum(groups)
+        if copy is not None:
+            check_shape(y, copy)
+            if full_tensor((y != copy).any()):
+                change = y - copy
+                bound = change.abs().mul_(beta / (1.0 - beta))
+                shift = change.sub_(torch.clamp(own["z"] - copy, -bound, bound))
+                return own | {"z": own["z"] + shift, "unchanged_steps": 0}
+        return own | {"unchanged_steps": own["unchanged_steps"] + 1}
 
 
-def _moved(params: list[Tensor], state: Any) -> list[Tensor]:
-    """The parameters that have moved."""
-    return [param for param in params if "z" in state.get(param, ())]
+def _real(param: Tensor) -> Tensor:
+    return real_views([param])[0]
 
 
-def _pairs(params: list[Tensor], state: Any) -> Iterable[tuple[Tensor, Tensor]]:
-    """What each parameter that has moved holds, and its z."""
-    moved = _moved(params, state)
-    return zip(real(moved), (state[param]["z"] for param in moved), strict=True)
+def _parameters(groups: Groups) -> list[Tensor]:
+    return [param for group in groups for param in group["params"]]
+
+
+def _iterates(groups: Groups, state: State) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """Each parameter that has moved, what it holds, and its z, both as real tensors."""
+    moved = [param for param in _parameters(groups) if "z" in state.get(param, ())]
+    return zip(moved, real_views(moved), (state[param]["z"] for param in moved), strict=True)

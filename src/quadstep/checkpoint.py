@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
+
+from quadstep.arguments import rate
+from quadstep.gradients import gradients_of, is_zero
 
 T = TypeVar("T")
 
@@ -29,3 +35,101 @@ def _layout(kind: Any, prefix: str) -> tuple[tuple[str, str, type[Any] | None], 
     """Name, key and, where it is a dataclass itself, type of each field."""
     hints, names = get_type_hints(kind), [field.name for field in fields(kind)]
     return tuple((n, prefix + n, hints[n] if is_dataclass(hints[n]) else None) for n in names)
+
+
+STATE_VERSION = 5
+
+PREFIX = "lqa."
+"""All scalars of the state have keys that begin so."""
+
+RATE = "lqa.rate"
+"""The rate of a param group, in each of them, whatever others write into its lr."""
+
+VERSION, TRAINING = "lqa.version", "lqa.training"
+DIRECTION, CONTROLLER, UPDATE = "lqa.direction", "lqa.controller", "lqa.update"
+CONTROLLER_STATE = "lqa.controller."
+
+
+def check(state_dict: dict[str, Any], scalars: dict[str, Any]) -> None:
+    """Refuses a state dict of another optimizer, version or configuration.
+
+    Raises:
+        ValueError: says which, and what to do.
+    """
+    groups: list[dict[str, Any]] = state_dict.get("param_groups", [])
+    if not groups or VERSION not in groups[0]:
+        raise ValueError(
+            f"state_dict was not saved by LQA: its first param group has no entry {VERSION!r}; "
+            "load it into the optimizer that saved it"
+        )
+    saved = groups[0]
+    if saved[VERSION] != STATE_VERSION:
+        raise ValueError(
+            f"state_dict has version {saved[VERSION]}, and this quadstep reads version "
+            f"{STATE_VERSION}; load it with the quadstep that saved it"
+        )
+    for key in (DIRECTION, CONTROLLER, UPDATE):
+        if saved[key] != scalars[key]:
+            name = key.removeprefix(PREFIX)
+            raise ValueError(
+                f"state_dict was saved with {name} = {saved[key]!r}, this optimizer has "
+                f"{name} = {scalars[key]!r}; construct LQA as it was when it was saved"
+            )
+
+
+def replace_scalars(group: dict[str, Any], scalars: dict[str, Any]) -> None:
+    """Replaces the scalars of the state in the first group."""
+    for key in [key for key in group if key.startswith(PREFIX) and key != RATE]:
+        del group[key]
+    group.update({key: value for key, value in scalars.items() if key.startswith(PREFIX)})
+
+
+def carry_scalars(known: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """Copies the known scalars to the first group if another has taken its place; returns it."""
+    if group is not known and VERSION not in group:
+        replace_scalars(group, {key: value for key, value in known.items() if key != RATE})
+    return group
+
+
+@contextmanager
+def unchanged(groups: list[dict[str, Any]], state: Any) -> Generator[None]:
+    """Restores groups, per-parameter state and gradients at the end."""
+    params = [param for group in groups for param in group["params"]]
+    gradients = [param.grad for param in params]
+    saved_groups = [copy.copy(group) for group in groups]
+    saved_state = {param: copy.deepcopy(entry) for param, entry in state.items()}
+    for param in params:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for group, saved in zip(groups, saved_groups, strict=True):
+            group.clear()
+            group.update(saved)
+        state.clear()
+        state.update(saved_state)
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient
+
+
+def to_python_numbers(value: Any) -> Any:
+    """Replaces NumPy's numbers, with which checkpoints are loaded only if they are trusted."""
+    if isinstance(value, dict):
+        entries = cast(dict[Any, Any], value)
+        return {key: to_python_numbers(entry) for key, entry in entries.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(to_python_numbers, value))
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return value
+
+
+def is_state_request(groups: list[dict[str, Any]], state: Any) -> bool:
+    """Whether a step is one of `torch.distributed.checkpoint`, which wants the state created.
+
+    It steps a fresh optimizer at a rate of zero, with gradients of zero.
+    """
+    if state or any(rate(group["lr"]) for group in groups):
+        return False
+    gradients = gradients_of(param for group in groups for param in group["params"])
+    return bool(gradients) and all(map(is_zero, gradients))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from quadstep.quadratic import LARGE_CHANGE, LineSamples, Quadratic, divide
 from quadstep.statistics import LossStatistics, NoiseEstimate, SlopeCheck, ema, weighted_mean
@@ -128,6 +128,9 @@ class StepController(Protocol[S]):
         0.1
     """
 
+    state_type: ClassVar[type[Any]]
+    needs_slope: ClassVar[bool]  # whether a line without a slope is not measured
+
     def initial_state(self) -> S:
         """The state before the first measurement."""
         ...
@@ -150,6 +153,9 @@ class VertexController:
         >>> VertexController().update(VertexState(), 0.5, samples)[1].rate
         -0.25
     """
+
+    state_type: ClassVar[type[VertexState]] = VertexState
+    needs_slope: ClassVar[bool] = False
 
     def initial_state(self) -> VertexState:
         """The state before the first measurement."""
@@ -324,6 +330,8 @@ class TrustRegionController:
     """
 
     config: TrustRegionConfig
+    state_type: ClassVar[type[TrustRegionState]] = TrustRegionState
+    needs_slope: ClassVar[bool] = True
 
     def initial_state(self) -> TrustRegionState:
         """The state before the first measurement."""

@@ -1,49 +1,56 @@
-"""Whose gradients there are: a step's, the caller's, or those of another backward pass.
+"""Whose gradients are in place: a step's, the caller's, or those of another backward pass.
 
 A step marks the gradients that it has used. What comes later, or is added to, is new.
 """
+
+# torch.optim itself is built from the foreach operations, private in name alone.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from quadstep.line import inner, whole
+from quadstep.tensors import (
+    as_numbers,
+    full_tensor,
+    inner,
+    local,
+    rank_mean,
+    real_views,
+    world_size,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _USED = "_quadstep_used"
-"""The attribute of a gradient that keeps the version at which a step has used it."""
+"""The attribute of a gradient that holds its version when a step used it."""
 
 
-def of(params: Iterable[Tensor]) -> list[Tensor]:
+def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
     """The gradients of the parameters that have one."""
     return [param.grad for param in params if param.grad is not None]
 
 
-def clear(params: Iterable[Tensor]) -> None:
-    """Clears them as `zero_grad` does, whose notes for the profiler take ten times as long."""
+def clear_gradients(params: Iterable[Tensor]) -> None:
+    """Clears them as `zero_grad` does, whose profiler record takes ten times as long."""
     for param in params:
         param.grad = None
 
 
 def mark_used(gradients: Iterable[Tensor]) -> None:
-    """Marks gradients as they are now, for later ones to be told from them."""
+    """Marks gradients as used in their present version."""
     for gradient in gradients:
         setattr(gradient, _USED, gradient._version)
 
 
-def is_changed(gradient: Tensor) -> bool:
-    """Whether a gradient that no step has used was written to after a backward pass had left it.
-
-    As by clipping, scaling and further backward passes, which accumulate.
-    """
-    return not hasattr(gradient, _USED) and gradient._version > 0
-
-
-def new(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    """The parameters whose gradient has come, or has changed, since all were used; and these."""
+def new_gradients(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """The gradients, by parameter, that have come or changed since a step used them."""
     return {
         param: gradient
         for param in params
@@ -52,10 +59,15 @@ def new(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
     }
 
 
+def is_modified(gradient: Tensor) -> bool:
+    """Whether an unused gradient was written to after a backward pass: clipped, accumulated."""
+    return not hasattr(gradient, _USED) and gradient._version > 0
+
+
 def is_zero(gradient: Tensor) -> bool:
-    """Whether all entries are zero; not those of a gradient that is not finite."""
+    """Whether all entries are zero."""
     values: Any = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return not bool(whole(values.abs().sum()))
+    return not bool(full_tensor(values.abs().sum()))
 
 
 def cosine(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:
@@ -71,3 +83,40 @@ def cosine(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:
             products[place] += float(inner(left, right))
     mixed, *squares = products
     return mixed / math.sqrt(squares[0] * squares[1]) if all(squares) else math.nan
+
+
+def inspect(
+    loss: Tensor, params: Iterable[Tensor], process_group: ProcessGroup | None
+) -> tuple[bool, bool]:
+    """Whether loss and gradients are finite, and whether any gradient is not zero.
+
+    Both must be known before any state advances. Processes see losses and shards of gradients of
+    their own, and all must take one branch.
+    """
+    shards = local(gradients_of(params))
+    dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in shards]
+    parts = [grad for grad in real_views(dense) if grad.numel()]
+    if loss.is_cpu:
+        values = [float(loss), *_sizes(parts)]
+    else:
+        # The largest size carries every inf and nan.
+        sizes = torch._foreach_norm(parts, math.inf) if parts else ()
+        values = as_numbers(
+            torch.stack([size.to(loss.device) for size in (loss.reshape(()), *sizes)])
+        )
+    finite, sloping = all(map(math.isfinite, values)), any(values[1:])
+    if world_size(process_group) > 1:
+        finite_ranks, sloping_ranks = rank_mean(
+            [float(finite), float(sloping)], loss, process_group
+        )
+        finite, sloping = finite_ranks == 1.0, sloping_ranks > 0.0
+    return finite, sloping
+
+
+def _sizes(grads: list[Tensor]) -> list[float]:
+    """Numbers that are all zero where all gradients are, and not all finite where they are not."""
+    norms = [float(norm) for norm in torch._foreach_norm(grads)] if grads else []
+    if all(map(math.isfinite, norms)) and any(norms):
+        return norms
+    # Norms overflow, and vanish, before gradients do; extremes take longer.
+    return [float(extreme) for grad in grads for extreme in torch.aminmax(grad)]

@@ -1,0 +1,121 @@
+"""Detects which tensors someone else has changed."""
+
+# torch.optim itself is built from the foreach operations, private in name alone.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quadstep.tensors import any_shard, group_by, is_distributed, local, real_views
+
+UNKNOWN = -1
+"""In place of a checksum: of distributed tensors, and of those not recorded."""
+
+_SMALL = 2**14
+"""Tensors of at most so many entries are copied, which is faster than a checksum."""
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+class ChangeDetector:
+    """Tells which of some tensors have changed since `record`.
+
+    Version counters cost nothing, but writes through `.data` do not raise them. So contents are
+    compared, too: those of small tensors with a copy, of others by a checksum; of distributed ones,
+    which takes all processes, only where the version has changed, as it then has on all of them.
+    """
+
+    def __init__(self) -> None:
+        self._versions: dict[Tensor, int] = {}
+        self._copies: dict[Tensor, Tensor] = {}
+        self._checksums: dict[Tensor, Tensor | int | None] = {}
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter([*self._versions])
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor in self._versions
+
+    def add(self, tensor: Tensor, checksum: int = UNKNOWN) -> None:
+        """Adds a tensor; if its checksum is unknown it counts as unchanged until it is recorded."""
+        self._versions[tensor] = tensor._version
+        self._checksums[tensor] = None if checksum == UNKNOWN else checksum
+
+    def remove(self, tensor: Tensor) -> None:
+        """Removes a tensor."""
+        for known in (self._versions, self._copies, self._checksums):
+            known.pop(tensor, None)
+
+    def record(self) -> None:
+        """Records all tensors as they are now."""
+        for tensor in [*self._checksums]:
+            if tensor.numel() > _SMALL or is_distributed(tensor):
+                self._checksums[tensor] = _checksum(tensor)
+            else:
+                del self._checksums[tensor]
+                self._copies[tensor] = torch.empty_like(tensor)
+        if self._copies:
+            torch._foreach_copy_([*self._copies.values()], [*self._copies])
+        self._versions = {tensor: tensor._version for tensor in self._versions}
+
+    @property
+    def version_changed(self) -> bool:
+        """Whether the version of any tensor has changed."""
+        return any(tensor._version != version for tensor, version in self._versions.items())
+
+    def changed(self) -> set[Tensor]:
+        """Compares contents, and waits for each device once."""
+        found: set[Tensor] = set()
+        for tensors in group_by(self._versions, lambda tensor: tensor.device):
+            # Torch has no type for `tolist`.
+            flags: Any = torch.stack([self._differs(tensor) for tensor in tensors])
+            found.update(compress(tensors, flags.tolist()))
+        return found
+
+    def checksum(self, tensor: Tensor) -> int:
+        """The checksum of a tensor as it was recorded, for a checkpoint."""
+        copy = self._copies.get(tensor)
+        known = self._checksums.get(tensor) if copy is None else _checksum(copy)
+        return UNKNOWN if known is None or is_distributed(tensor) else int(known)
+
+    def _differs(self, tensor: Tensor) -> Tensor:
+        copy, checksum = self._copies.get(tensor), self._checksums.get(tensor)
+        differs = copy is not None
+        if copy is not None and (copy.shape, copy.dtype) == (tensor.shape, tensor.dtype):
+            return (copy != tensor).any()
+        if checksum is not None and not is_distributed(tensor):
+            return _checksum(tensor).ne(checksum)
+        if checksum is not None and tensor._version != self._versions[tensor]:
+            differs = any_shard(int(_checksum(tensor)) != int(checksum), tensor)
+        return torch.full((), differs, device=tensor.device)
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """The sum of the bits of this process's part, modulo 2**64, in rows with odd weights.
+
+    Entries are packed in 64 bits, or columns have weights, too, so that what changes places or
+    signs shows.
+    """
+    (part,) = real_views(local([tensor.detach()]))
+    # In the order of memory; any other is slow.
+    part = part.permute(sorted(range(part.dim()), key=part.stride, reverse=True))
+    flat, size = part.reshape(-1), part.element_size()
+    # The signs of an even number of 64-bit floats would cancel.
+    packed = size < 8 and flat.numel() * size % 8 == 0
+    if packed and flat.storage_offset() * size % 8:
+        flat = flat.clone()
+    entries = flat.view(torch.int64 if packed else _INTEGERS[min(size, 4)])
+    table = entries.view(max(1, math.gcd(part.shape[:1].numel(), entries.numel())), -1)
+    rows = _weighted_sum(table.sum(1, dtype=torch.int64))
+    return rows if packed else rows + _weighted_sum(table.sum(0, dtype=torch.int64))
+
+
+def _weighted_sum(sums: Tensor) -> Tensor:
+    return (sums * (2 * torch.arange(len(sums), device=sums.device) + 1)).sum()

@@ -1,0 +1,234 @@
+"""Evaluating the user's loss: once with gradients, and as probes that are free of side effects."""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quadstep.arguments import check_loss
+from quadstep.diagnostics import Diagnostics
+from quadstep.gradients import (
+    clear_gradients,
+    cosine,
+    gradients_of,
+    is_modified,
+    is_zero,
+    mark_used,
+    new_gradients,
+)
+from quadstep.snapshot import ModuleTracker, Snapshot
+from quadstep.tensors import full_tensor
+
+Closure = Callable[[], Tensor]
+
+PROBES_WITH_GRADIENTS = "lqa.probes_with_gradients"  # whether the closure needs them
+
+SAME_LOSS = 0.999  # cosine from which gradients in place were of the closure's loss
+SAME_MODIFIED_LOSS = 0.1  # the same after clipping, scaling or accumulation
+DROPPED_CHECKS = 100  # steps in which gradients in place are compared
+
+_NEEDS_GRADIENTS = re.compile("require.*grad")
+_RAN_BACKWARD = "backward through the graph a second time"
+
+
+def scalar(loss: Tensor) -> Tensor:
+    """A loss without history, dimensions or shards."""
+    return full_tensor(loss.detach()).reshape(())
+
+
+def reading(loss: Tensor) -> Tensor | float:
+    """The present value of a loss: a number, or a copy where reading waits for the device."""
+    return float(full_tensor(loss.detach())) if loss.is_cpu else scalar(loss).clone()
+
+
+class ClosureEvaluator:
+    """Evaluates closures."""
+
+    def __init__(self) -> None:
+        self.tracker = ModuleTracker()
+        self.diagnostics = Diagnostics()
+        self.runs_backward = False  # whether a closure was seen to run backward itself
+        self._dropped_checks = 0
+
+    def gradient_pass(
+        self, closure: Closure, loss: Tensor | None, params: list[Tensor], before: Snapshot
+    ) -> Tensor:
+        """Evaluates the loss and its gradients, unless the caller has given that loss.
+
+        Raises:
+            TypeError, ValueError: the closure returned something other than a scalar loss.
+            RuntimeError: the loss has no graph, or no parameter has a gradient.
+        """
+        if loss is None:
+            loss = self._evaluate(closure, params, before)
+        if not gradients_of(params):
+            raise RuntimeError(
+                "no parameter of the optimizer has a gradient; compute the loss from the "
+                "parameters given to LQA, and in the two-phase use call loss.backward() before "
+                "step()"
+            )
+        self.tracker.note_gradients(params)
+        return full_tensor(loss.detach())
+
+    def _evaluate(self, closure: Closure, params: list[Tensor], before: Snapshot) -> Tensor:
+        """Evaluates the closure, and runs backward unless it does.
+
+        Gradients that the caller has accumulated are left for a closure that runs backward, to
+        clear or to add to.
+        """
+        found = new_gradients(params)
+        modified = all(map(is_modified, found.values()))
+        if found:
+            mark_used(found.values())
+        else:
+            clear_gradients(params)
+        with torch.enable_grad(), self.tracker.tracking(before, params):
+            loss = closure()
+        check_loss(loss, "closure")
+        if self._has_run_backward(params, found):
+            self._note_backward(closure)
+        elif not loss.requires_grad:
+            raise RuntimeError(
+                "the loss that closure returned does not require grad; compute it from the "
+                "optimizer's parameters, without torch.no_grad(), .detach() or .item()"
+            )
+        else:
+            zeros = new_gradients(params)
+            clear_gradients(params)
+            try:
+                torch.autograd.backward(loss)
+            except RuntimeError as error:
+                if not zeros or _RAN_BACKWARD not in str(error):
+                    raise
+                # The closure has run backward after all, and all its gradients are zero.
+                for param, gradient in zeros.items():
+                    param.grad = gradient
+                self._note_backward(closure)
+            self._check_dropped(found, modified)
+        return loss
+
+    def _has_run_backward(self, params: list[Tensor], found: dict[Tensor, Tensor]) -> bool:
+        """Whether the closure has: a gradient is new beside those found before it.
+
+        Gradients that are zero now have been cleared, unless the closure is known to run backward.
+        """
+        if not found and all(param.grad is None for param in params):
+            return False
+        new = new_gradients(params).values()
+        return any(self.runs_backward or not is_zero(gradient) for gradient in new)
+
+    def _note_backward(self, closure: Closure) -> None:
+        self.runs_backward = True
+        self.diagnostics.warn_backward(closure)
+
+    def _check_dropped(self, found: dict[Tensor, Tensor], modified: bool) -> None:
+        """Warns of gradients of the same loss that the closure's own have replaced.
+
+        Gradients of another loss, as a generator leaves in its discriminator, can be close to the
+        closure's own, but nobody clips them.
+        """
+        if not found or self._dropped_checks == DROPPED_CHECKS:
+            return
+        self._dropped_checks += 1
+        again = {param: param.grad for param in found if param.grad is not None}
+        similarity = cosine([found[param] for param in again], again.values())
+        if similarity > (SAME_MODIFIED_LOSS if modified else SAME_LOSS):
+            self.diagnostics.warn_dropped()
+
+    @contextmanager
+    def probing(
+        self,
+        closure: Closure,
+        params: list[Tensor],
+        scalars: dict[str, Any],
+        before: Snapshot,
+        *,
+        two_phases: bool,
+    ) -> Generator[Probes]:
+        """Provides probes; afterwards generators, buffers and gradients are as they were.
+
+        Probes start from the snapshot of before the gradient pass, or, if that was the caller's,
+        of before the step.
+        """
+        after = before
+        if not two_phases:
+            # Probes draw from the generators that the gradient pass drew from.
+            before, after = self.tracker.capture(params).pair_advanced(before)
+        known = len(before.buffers)
+        # Out of reach of a closure that clears or accumulates gradients.
+        gradients = [(param, param.grad) for param in params]
+        clear_gradients(params)
+        try:
+            yield Probes(self, closure, params, scalars, before)
+        finally:
+            for param, gradient in gradients:
+                param.grad = gradient
+            if after is not before:
+                after.buffers.extend(before.buffers[known:])
+            after.restore()
+
+
+@dataclass
+class Probes:
+    """Evaluations of a closure in the random state and with the buffers of the gradient pass."""
+
+    evaluator: ClosureEvaluator
+    closure: Closure
+    params: list[Tensor]
+    scalars: dict[str, Any]
+    before: Snapshot
+    with_gradients: bool = False  # enabled on trial
+    dtype: torch.dtype = torch.float64  # of the last loss
+
+    @property
+    def have_gradients(self) -> bool:
+        """Whether gradients are enabled."""
+        needed = self.evaluator.runs_backward or self.scalars[PROBES_WITH_GRADIENTS]
+        return needed or self.with_gradients
+
+    def evaluate(self) -> Tensor | float:
+        """Evaluates the loss, with gradients enabled if it must be."""
+        try:
+            return self.run(self.have_gradients)
+        except Exception as error:
+            if self.have_gradients or not _needs_gradients(error):
+                raise
+            try:
+                loss = self.run(with_gradients=True)
+            except Exception:
+                raise error from None
+            # It takes derivatives itself, as the residual of a differential equation does.
+            self.scalars[PROBES_WITH_GRADIENTS] = True
+            return loss
+
+    def has_drawn(self) -> float:
+        """Whether the last evaluation drew random numbers: 1 or 0."""
+        now = self.evaluator.tracker.capture(self.params)
+        return float(bool(now.pair_advanced(self.before)[0].generators))
+
+    def run(self, with_gradients: bool) -> Tensor | float:
+        """Evaluates the loss once."""
+        self.before.restore()
+        torch.clear_autocast_cache()
+        with (
+            torch.set_grad_enabled(with_gradients),
+            self.evaluator.tracker.tracking(self.before, self.params),
+        ):
+            loss = self.closure()
+        check_loss(loss, "closure")
+        self.dtype = loss.dtype
+        return reading(loss)
+
+
+def _needs_gradients(error: Exception) -> bool:
+    """Whether a closure may have failed for want of a graph, which its own checks name freely."""
+    named = isinstance(error, RuntimeError) and _NEEDS_GRADIENTS.search(str(error)) is not None
+    return named or isinstance(error, AssertionError | AttributeError | TypeError | ValueError)

@@ -1,0 +1,224 @@
+"""Update directions: the gradient, the normalized gradient, the step of any optimizer.
+
+A direction returns a `Line` in units of the optimizer's rate. The rates of the groups enter as
+ratios to it, so that one number, measured along all groups together, moves all.
+"""
+
+# torch.optim itself is built from the foreach operations, private in name alone.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from quadstep.arguments import check_shape
+from quadstep.line import Line, ParamBlock
+from quadstep.tensors import copies, group_by_device, is_distributed, local, norms, real_views
+
+Group = dict[str, Any]
+
+
+class Direction(Protocol):
+    """What computes the line of each step from the gradients."""
+
+    base: Optimizer | None  # the wrapped optimizer, if there is one
+    has_weight_decay: ClassVar[bool]  # whether it takes a weight decay of the groups
+
+    def line(self, groups: list[Group], state: Any, rate: float, is_kept: bool) -> Line:
+        """Computes the line of this step, and advances the per-parameter state once.
+
+        The line need not outlast a move along it unless it `is_kept`: probed or averaged.
+        """
+        ...
+
+
+class Gradient:
+    """The gradient: the direction of Algorithm 1."""
+
+    base: Optimizer | None = None
+    has_weight_decay: ClassVar[bool] = False
+
+    def line(self, groups: list[Group], state: Any, rate: float, is_kept: bool) -> Line:
+        """Takes the gradients, or copies where a probe could overwrite them."""
+        blocks = gather_blocks(groups, rate)
+        for block in blocks:
+            # CUDA graphs, whose replays overwrite gradients, exist on accelerators alone.
+            if is_kept and not all(part.is_cpu for part in block.direction):
+                block.direction = copies(block.direction)
+        return Line(blocks)
+
+
+class RMSNormalized:
+    """The gradient over its running root mean square (RMSProp, Adam), centralized and clipped.
+
+    `square_avg <- decay * square_avg + (1 - decay) * g**2`, unbiased as Adam's;
+    `d = g / sqrt(square_avg + eps**2)`, centralized, clipped; `d <- d + weight_decay * theta`.
+
+    Gradient centralization (Yong et al. 2020), here of the normalized gradient, subtracts the mean
+    over the inputs of each output (all dimensions but the first), but for an n-th of it, which
+    moves an output as far as its bias does: where inputs share a sign, as pixels and outputs of a
+    ReLU do, the rate would otherwise be bounded by these shifts. Update clipping keeps the root
+    mean square of the direction at most 1, as Adafactor does with d = 1.
+
+    Args:
+        decay: of the running mean square, per step.
+        eps: its square is added to the mean square, in units of the gradient's.
+    """
+
+    base: Optimizer | None = None
+    has_weight_decay: ClassVar[bool] = True
+
+    def __init__(self, decay: float = 0.999, eps: float = 1e-8) -> None:
+        self.decay = decay
+        self.eps = eps
+
+    def line(self, groups: list[Group], state: Any, rate: float, is_kept: bool) -> Line:
+        """Advances the running mean square, and normalizes, centralizes, clips and decays."""
+        blocks = gather_blocks(groups, rate)
+        for block in blocks:
+            self._normalize(block, state)
+            _centralize(block)
+        _clip(blocks)
+        for block in blocks:
+            if block.weight_decay:
+                torch._foreach_add_(block.direction, block.params, alpha=block.weight_decay)
+        return Line(blocks)
+
+    def _normalize(self, block: ParamBlock, state: Any) -> None:
+        states = [state[owner] for owner in block.owners]
+        for entry, param in zip(states, block.params, strict=True):
+            if "square_avg" not in entry:
+                entry["step"] = 0
+                entry["square_avg"] = torch.zeros_like(param)
+            check_shape(param, entry["square_avg"])
+        for entry in states:
+            entry["step"] += 1
+        # A weight that falls from 1 to (1 - decay) keeps the mean unbiased at every step.
+        weights = [(1.0 - self.decay) / (1.0 - self.decay ** entry["step"]) for entry in states]
+        squares = [entry["square_avg"] for entry in states]
+        torch._foreach_mul_(squares, [1.0 - weight for weight in weights])
+        torch._foreach_addcmul_(squares, block.direction, block.direction, weights)
+        # In half precision the square of eps is zero, and so is that of a small gradient.
+        floors = [max(self.eps**2, _smallest_subnormal(square.dtype)) for square in squares]
+        # One pass through memory fewer than by way of the root.
+        scales = torch._foreach_add(squares, floors)
+        torch._foreach_rsqrt_(scales)
+        torch._foreach_mul_(scales, block.direction)
+        block.direction = list(scales)
+
+
+class OptimizerStep:
+    """The displacement of exactly one step of another optimizer, at the rate in force.
+
+    Its weight decay, momentum, preconditioning and the ratios of its groups are part of it.
+    """
+
+    has_weight_decay: ClassVar[bool] = True
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base: Optimizer | None = base
+        self._base = base
+
+    def line(self, groups: list[Group], state: Any, rate: float, is_kept: bool) -> Line:
+        """Steps the base once; the line runs from before the step through where it arrived."""
+        if not is_kept:
+            self._base.step()
+            return Line([])
+        blocks = gather_blocks(groups, rate, allow_sparse=True)
+        versions = [_versions(block) for block in blocks]
+        start = [copies(block.params) for block in blocks]
+        line = Line(blocks, start)
+        try:
+            self._base.step()
+        except BaseException:
+            line.restore()
+            raise
+        for block, origin, version in zip(blocks, start, versions, strict=True):
+            block.direction = list(torch._foreach_sub(origin, block.params))
+            block.lr_ratio = rate or 1.0
+            if _versions(block) != version:
+                # Some optimizers write their steps into the gradients.
+                block.gradient = None
+        return line
+
+
+def _versions(block: ParamBlock) -> list[int]:
+    return [gradient._version for gradient in block.gradient or ()]
+
+
+@cache
+def _smallest_subnormal(dtype: torch.dtype) -> float:
+    info = torch.finfo(dtype)
+    return info.tiny * info.eps
+
+
+def _centralize(block: ParamBlock) -> None:
+    """Subtracts the mean over the n inputs from the weights of each output, but an n-th of it."""
+    for owner, part in zip(block.owners, block.direction, strict=True):
+        inputs = math.prod(owner.shape[1:])
+        if inputs > 1:
+            mean = part.mean(dim=tuple(range(1, owner.dim())), keepdim=True)
+            part.sub_(mean, alpha=1.0 - 1.0 / inputs)
+
+
+def _clip(blocks: list[ParamBlock]) -> None:
+    """Scales the directions together to a root mean square of at most one."""
+    root = max(1, sum(part.numel() for block in blocks for part in block.direction)) ** 0.5
+    firsts = [block.direction[0] for block in blocks]
+    parts = [norm for block in blocks for norm in norms(block.direction)]
+    if all(first.is_cpu and not is_distributed(first) for first in firsts):
+        # Reading numbers is free here, and most steps then need no pass through memory.
+        excess = math.hypot(*map(float, parts)) / root
+        if excess > 1.0:
+            for block in blocks:
+                torch._foreach_div_(block.direction, excess)
+        return
+    (norm,) = torch._foreach_norm([torch.stack([part.to(firsts[0].device) for part in parts])])
+    excess = (norm / root).clamp(min=1.0)
+    for block, first in zip(blocks, firsts, strict=True):
+        torch._foreach_div_(local(block.direction), excess.to(first.device))
+
+
+def gather_blocks(groups: list[Group], rate: float, allow_sparse: bool = False) -> list[ParamBlock]:
+    """Collects the gradients of each group, and device or mesh, in a block.
+
+    Raises:
+        RuntimeError: a gradient is sparse and must not be.
+    """
+    blocks: list[ParamBlock] = []
+    for group in groups:
+        owners = [param for param in group["params"] if param.grad is not None]
+        if not allow_sparse and any(owner.grad.layout is not torch.strided for owner in owners):
+            raise RuntimeError(
+                "LQA got a sparse gradient, which has no dense direction to measure along; "
+                "use a dense layer (sparse=False) or wrap an optimizer for sparse gradients: "
+                "LQA(torch.optim.SparseAdam(params))"
+            )
+        lr = float(group["lr"])
+        lr_ratio = (rate / lr if lr != 0.0 else math.inf) if rate else 1.0
+        for part in group_by_device(owners):
+            gradients = real_views([_with_placements(owner.grad, owner) for owner in part])
+            blocks.append(
+                ParamBlock(
+                    owners=part,
+                    params=real_views(part),
+                    direction=gradients,
+                    lr_ratio=lr_ratio,
+                    weight_decay=float(group.get("weight_decay", 0.0)),
+                    gradient=gradients,
+                )
+            )
+    return blocks
+
+
+def _with_placements(gradient: Any, owner: Tensor) -> Tensor:
+    """The gradient, placed on the mesh as its parameter is: autograd may leave partial sums."""
+    if is_distributed(owner) and gradient.placements != owner.placements:
+        return gradient.redistribute(placements=owner.placements)
+    return gradient
