@@ -41,7 +41,7 @@ def schedule_free(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The averaged iterates along the normalized gradient, x, y and z each kept for itself.
+    """The averaged iterates along the normalised gradient, x, y and z each kept for itself.
 
     A larger beta draws y towards x, a smaller one z.
     """
@@ -53,23 +53,23 @@ def schedule_free(
             z = (y - beta * x) / (1.0 - beta)
         before = beta
         grads.append(gradient(y))
-        d = normalized(grads, decay, eps) + weight_decay * y
+        d = normalised(grads, decay, eps) + weight_decay * y
         z = z - kappa * rate * d
         x = x + (z - x) * (1.0 + power) / (t + power)
         y = (1.0 - beta) * z + beta * x
     return x, y, z
 
 
-def normalized(grads: list[Tensor], decay: float = 0.999, eps: float = 1e-8) -> Tensor:
+def normalised(grads: list[Tensor], decay: float = 0.999, eps: float = 1e-8) -> Tensor:
     """The default's direction after these gradients of one parameter."""
     mean_square = torch.zeros_like(grads[0])
     for grad in grads:
         mean_square = decay * mean_square + (1.0 - decay) * grad * grad
-    d = centralized(grads[-1] / (mean_square / (1.0 - decay ** len(grads)) + eps**2).sqrt())
+    d = centred(grads[-1] / (mean_square / (1.0 - decay ** len(grads)) + eps**2).sqrt())
     return d / max(1.0, d.square().mean().nan_to_num().sqrt().item())
 
 
-def centralized(d: Tensor) -> Tensor:
+def centred(d: Tensor) -> Tensor:
     """A direction without the mean over the n inputs of each output, but for an n-th of it."""
     if d.dim() < 2 or not d.numel():
         return d

@@ -6,7 +6,7 @@ import pytest
 import torch
 from configurations import BASES
 from problems import classification, noisy_classification, values
-from reference import normalized
+from reference import normalised
 from seams import pin_rate
 from torch import nn
 from training import full_loss, same_state, train
@@ -35,7 +35,7 @@ def test_equals_the_plain_direction(shape):
     grads = [torch.randn(shape, dtype=torch.float64) + 0.5 for _ in range(5)]
     for step in range(1, 6):
         (found,) = direction_along([param], [grads[step - 1]], state)
-        torch.testing.assert_close(found, normalized(grads[:step]), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found, normalised(grads[:step]), rtol=1e-12, atol=1e-14)
 
 
 def test_a_gradient_of_one_sign_moves_an_output_as_far_as_its_bias():
@@ -51,7 +51,7 @@ def test_real_and_imaginary_parts_are_centralized_apart():
     torch.manual_seed(0)
     grad = torch.randn(4, 6, dtype=torch.complex128) + (1.0 + 2.0j)
     (joint,) = direction_along([nn.Parameter(torch.zeros(4, 6, dtype=torch.complex128))], [grad])
-    apart = [normalized([part]) for part in (grad.real, grad.imag)]
+    apart = [normalised([part]) for part in (grad.real, grad.imag)]
     torch.testing.assert_close(joint, torch.stack(apart, dim=-1), rtol=1e-12, atol=1e-14)
 
 
