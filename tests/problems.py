@@ -35,8 +35,8 @@ class Quadratic:
         offset = theta - self.optimum
         return 0.5 * offset @ self.hessian @ offset + self.floor
 
-    def line_minimiser(self, theta: Tensor, direction: Tensor) -> float:
-        """The exact rate that minimises the loss at `theta - rate * direction`."""
+    def line_minimizer(self, theta: Tensor, direction: Tensor) -> float:
+        """The exact rate that minimizes the loss at `theta - rate * direction`."""
         gradient = self.hessian @ (theta - self.optimum)
         return float(gradient @ direction / (direction @ self.hessian @ direction))
 
@@ -75,7 +75,7 @@ def classification(
 
 
 def noisy_classification(dtype: torch.dtype = torch.float32) -> Task:
-    """A network with dropout and batch normalisation: random numbers and buffers in the closure."""
+    """A network with dropout and batch normalization: random numbers and buffers in the closure."""
     layers = (nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3))
     return classification(*layers, nn.Linear(16, 3), dtype=dtype)
 

@@ -1,6 +1,7 @@
 """What tests read of the optimizer's state by name, or replace in the library: all in one place."""
 
 import sys
+from functools import partial
 
 import pytest
 
@@ -51,7 +52,7 @@ def take_two_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def keep_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the fast iterate step no further where losses are free of noise."""
-    monkeypatch.setattr(ScheduleFree, "adapt", lambda self, *args: None)
+    monkeypatch.setattr(optimizer, "ScheduleFree", partial(ScheduleFree, furthest=1.0))
 
 
 def audit_every(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:

@@ -63,10 +63,10 @@ def check_whole_checkpoints_on_rank_0(folder):
     train_on_shares(opt, model, task, range(13))
     weights, state = get_state_dict(model, opt, options=StateDictOptions(**options))
     if rank() == 0:
-        torch.save((weights, state), folder / f"whole-{size()}")
+        torch.save((weights, state), folder / f"full-{size()}")
     train_on_shares(opt, model, task, range(13, STEPS))
     _, resumed, other = begun("lqa-auto")
-    weights, state = torch.load(folder / f"whole-{size()}") if rank() == 0 else ({}, {})
+    weights, state = torch.load(folder / f"full-{size()}") if rank() == 0 else ({}, {})
     broadcast = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(resumed, weights, options=broadcast)
     set_optimizer_state_dict(resumed, other, state, options=broadcast)

@@ -91,7 +91,7 @@ def check_uneven_data_through_a_sampler(_):
 
 
 def check_a_rank_without_data_steps_on_a_loss_of_zero(_):
-    """The rate minimises what DDP takes the gradient of: the mean of all ranks' losses."""
+    """The rate minimizes what DDP takes the gradient of: the mean of all ranks' losses."""
     task, reference = classification(dtype=torch.float64), classification(dtype=torch.float64)
     ddp = DistributedDataParallel(task.model)
     opt = LQA(task.model.parameters(), direction="sgd")

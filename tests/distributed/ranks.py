@@ -46,7 +46,7 @@ def this_process():
 
 
 def share(task, step, parts=None, part=None):
-    """The closure's data: this rank's part of the batch that one process takes whole."""
+    """The closure's data: this rank's part of the batch that one process takes alone."""
     picked = torch.arange(step * BATCH, (step + 1) * BATCH) % len(task.inputs)
     picked = picked[(rank() if part is None else part) :: parts or size()]
     return task.inputs[picked], task.labels[picked]

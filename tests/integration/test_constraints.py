@@ -107,6 +107,7 @@ class TestWhatIsEnforcedAfterEachStep:
         opt.train()
         assert identical(values(task.model), training)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("enforce", ENFORCED)
     def test_trains_as_well_as_by_plain_steps(self, enforce):
         losses = []

@@ -1,4 +1,4 @@
-"""The examples of docs/frameworks.md, each run as printed in a process of its own."""
+"""The examples of docs/frameworks.md, each run as printed in a separate process."""
 
 import re
 import subprocess
@@ -24,7 +24,7 @@ needs_lightning = pytest.mark.skipif(
 
 
 def run(program, folder):
-    """Runs a program in a process of its own; returns what it printed."""
+    """Runs a program in a separate process; returns what it printed."""
     ran = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True
     )
@@ -81,8 +81,8 @@ def fit(epochs, kept, resumed=None):
 
 
 held_out = torch.utils.data.DataLoader(data, 512)
-measured, trainer, saving = fit(4, "whole")
-files = sorted(Path("whole").iterdir())
+measured, trainer, saving = fit(4, "uninterrupted")
+files = sorted(Path("uninterrupted").iterdir())
 assert len(files) == 4
 for file in files:
     reported = float(file.stem.split("validation=")[1])

@@ -1,4 +1,4 @@
-"""The rate in whole jobs: from any first rate, on plateaus, in noise, around odd gradients."""
+"""The rate in training jobs: from any first rate, on plateaus, in noise, around odd gradients."""
 
 import math
 
@@ -65,7 +65,7 @@ class TestTheRate:
 
 
 class TestNoise:
-    """Where every step sees the same losses, the fast iterate of the default steps further."""
+    """Where losses are free of noise, the fast iterate of the default steps further."""
 
     def test_losses_of_all_the_data_are_quiet(self):
         task = classification()
@@ -117,6 +117,7 @@ class TestNoise:
         assert left[0] < 0.6 * left[1]
 
 
+@pytest.mark.slow
 class TestBatchesOfTwo:
     @pytest.mark.parametrize("seed", [0, 1])
     @pytest.mark.parametrize(
@@ -168,6 +169,7 @@ class TestGradientsThatAreNotTheSlope:
         opt.eval()
         return full_loss(task) / start
 
+    @pytest.mark.slow
     def test_straight_through_estimators_train(self, name):
         """Far from a parabola, and for some steps of an optimizer with a memory concave."""
         task = classification(Binary(8, 32), nn.ReLU(), Binary(32, 3))

@@ -64,7 +64,7 @@ class NeedsLoss(Rated):
 
 
 class Averaging(Rated):
-    """An optimizer with modes of its own, as schedule-free ones have."""
+    """An optimizer with train and eval modes, as schedule-free ones have."""
 
     def train(self):
         pass

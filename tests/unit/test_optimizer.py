@@ -28,7 +28,7 @@ class TestTheRate:
         problem = Quadratic.random(seed=seed)
         theta = problem.theta.detach().clone()
         direction = problem.hessian @ (theta - problem.optimum)
-        exact = problem.line_minimiser(theta, direction)
+        exact = problem.line_minimizer(theta, direction)
         opt = LQA.paper([problem.theta], delta0=exact * 10.0**exponent)
         opt.step(problem)
         assert opt.report.rate == pytest.approx(exact, rel=1e-9)
@@ -44,7 +44,7 @@ class TestTheRate:
         reference = BASES[name]([clone])
         problem.at(clone).backward()
         reference.step()
-        exact = problem.line_minimiser(theta, theta - clone.detach()) * reference.defaults["lr"]
+        exact = problem.line_minimizer(theta, theta - clone.detach()) * reference.defaults["lr"]
         base = BASES[name]([problem.theta])
         base.param_groups[0]["lr"] = exact / factor
         opt = LQA(base)
@@ -59,7 +59,7 @@ class TestTheRate:
         opt = LQA.paper([problem.theta], delta0=0.1)
         for _ in range(40):
             gradient = problem.hessian @ (theta - problem.optimum)
-            rate = problem.line_minimiser(theta, gradient)
+            rate = problem.line_minimizer(theta, gradient)
             theta = theta - rate * gradient
             opt.step(problem)
             assert opt.report.rate == pytest.approx(rate, rel=1e-8)
@@ -125,6 +125,7 @@ class TestTheRate:
 
 
 class TestIntervals:
+    @pytest.mark.slow
     @pytest.mark.parametrize("period", [2, 3, 5, 10, 11])
     def test_measurements_meet_every_beat_alike(self, period):
         task = classification()

@@ -103,6 +103,7 @@ class TestOneProbe:
             ends.append(values(task.model))
         assert identical(*ends)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["lqa", "lqa(adamw)"])
     @pytest.mark.parametrize("factor", [0.75, 1.25])
     def test_a_slope_that_is_off_by_a_quarter_does_not_send_the_rate_away(

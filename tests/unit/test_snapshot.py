@@ -117,7 +117,7 @@ def test_buffers_are_found_in_whatever_runs_first_and_restored_in_place():
     assert model[1].calls == 0
 
 
-class TestNoTrace:
+class TestSideEffects:
     def test_the_three_evaluations_see_one_dropout_mask(self, configuration):
         dropout = RecordingDropout()
         masks = dropout.masks
