@@ -19,6 +19,34 @@ from training import (
 )
 
 from quadstep import LQA, Reason
+from quadstep.line import assign, copies, inner, rank_mean
+from quadstep.line import parted as group_by
+
+
+def test_groups_keep_the_order_of_their_items():
+    assert list(group_by([3, 1, 4, 1, 5, 2], lambda number: number % 2)) == [[3, 1, 1, 5], [4, 2]]
+
+
+def test_copies_are_assigned_back_bit_for_bit_in_any_types():
+    tensors = [torch.randn(3), torch.randn(2, 2).bfloat16(), torch.randn(0), torch.arange(4)]
+    before = copies(tensors)
+    for tensor in tensors:
+        tensor.add_(1)
+    assert not torch.equal(tensors[0], before[0])
+    assign(tensors, before)
+    assert identical(tensors, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_inner_products_do_not_overflow_in_half_precision(dtype):
+    one = torch.full((4,), 300.0, dtype=dtype)
+    assert inner(one, one).item() == pytest.approx(4 * 300.0**2, rel=1e-2)
+
+
+def test_the_mean_over_one_process_is_the_number_itself():
+    like = torch.zeros((), dtype=torch.float64)
+    assert rank_mean([0.1, 2.0], like, None) == [0.1, 2.0]
+    assert rank_mean([0.1, torch.tensor(2.0)], like, None) == [0.1, 2.0]
 
 
 class TestAccelerators:
