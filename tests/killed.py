@@ -89,9 +89,9 @@ def main(folder: Path, kills: int, seed: int) -> None:
     dice = random.Random(seed)
     results = {}
     for name in CONFIGURATIONS:
-        whole, parts = folder / f"{name}-whole", folder / f"{name}-parts"
+        uninterrupted, parts = folder / f"{name}-uninterrupted", folder / f"{name}-parts"
         started = time.perf_counter()
-        expected = finish(name, whole)
+        expected = finish(name, uninterrupted)
         # Lives begin with loading: together they get through some part of the run.
         longest = 3.0 * (time.perf_counter() - started) / kills
         parts.mkdir()

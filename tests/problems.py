@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quadstep import LQA
-
 
 @dataclass
 class Quadratic:
@@ -37,8 +35,8 @@ class Quadratic:
         offset = theta - self.optimum
         return 0.5 * offset @ self.hessian @ offset + self.floor
 
-    def line_minimiser(self, theta: Tensor, direction: Tensor) -> float:
-        """The exact rate that minimises the loss at `theta - rate * direction`."""
+    def line_minimizer(self, theta: Tensor, direction: Tensor) -> float:
+        """The exact rate that minimizes the loss at `theta - rate * direction`."""
         gradient = self.hessian @ (theta - self.optimum)
         return float(gradient @ direction / (direction @ self.hessian @ direction))
 
@@ -77,7 +75,7 @@ def classification(
 
 
 def noisy_classification(dtype: torch.dtype = torch.float32) -> Task:
-    """A network with dropout and batch normalisation: random numbers and buffers in the closure."""
+    """A network with dropout and batch normalization: random numbers and buffers in the closure."""
     layers = (nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3))
     return classification(*layers, nn.Linear(16, 3), dtype=dtype)
 
@@ -98,33 +96,6 @@ class RecordingDropout(nn.Dropout):
 def values(model: nn.Module) -> list[Tensor]:
     """Copies of all parameters and buffers."""
     return [tensor.detach().clone() for tensor in [*model.parameters(), *model.buffers()]]
-
-
-def about_to_measure(configuration, device: str = "cpu") -> tuple[Task, LQA]:
-    """A task and its optimizer, with some state, before a step that measures."""
-    task = noisy_classification().to(device)
-    opt = configuration(task.model.parameters())
-    while not opt._counts or opt._wait:
-        opt.step(task.closure())
-    return task, opt
-
-
-def trains_without_a_trace(
-    configuration, take: Callable[[LQA, Callable[[], Tensor]], object], device: str = "cpu"
-) -> Task:
-    """Asserts that steps leave the buffers and random numbers of one pass; returns what trained."""
-    probed, plain = noisy_classification().to(device), noisy_classification().to(device)
-    opt = configuration(probed.model.parameters())
-    for step in range(5):
-        plain.model.load_state_dict(probed.model.state_dict())
-        torch.manual_seed(step)
-        plain.closure(step)().backward()
-        drawn = torch.rand((), device=device)
-        torch.manual_seed(step)
-        take(opt, probed.closure(step))
-        assert torch.equal(torch.rand((), device=device), drawn)
-        assert identical(list(plain.model.buffers()), list(probed.model.buffers()))
-    return probed
 
 
 def identical(one: list[Tensor], other: list[Tensor]) -> bool:

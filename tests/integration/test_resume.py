@@ -10,9 +10,10 @@ from configurations import CONFIGURATIONS
 KILLS = 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="lives are forked")
 def test_a_job_killed_twenty_times_ends_bit_for_bit_like_one_that_was_not(tmp_path):
-    script = Path(__file__).with_name("killed.py")
+    script = Path(__file__).parents[1] / "killed.py"
     command = [sys.executable, script, tmp_path, str(KILLS), str(os.getpid())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,30 +1,18 @@
-"""What callers do to the parameters between steps, and to the averaged weights."""
+"""What callers enforce on the parameters after each step."""
 
 import copy
 import gc
-import io
 import weakref
 
 import pytest
 import torch
-from configurations import CONFIGURATIONS
-from problems import Task, classification, identical, values
+from problems import classification, identical, values
+from seams import watched
 from torch import nn
 from torch.nn import functional
+from training import full_loss, saved_and_loaded, train
 
 from quadstep import LQA
-from quadstep.averaging import WATCHED
-
-
-@torch.no_grad()
-def loss_of(task: Task) -> float:
-    return functional.cross_entropy(task.model(task.inputs), task.labels).item()
-
-
-def train(task: Task, opt: LQA, steps: int, enforce=lambda task: None, start: int = 0) -> None:
-    for step in range(start, start + steps):
-        opt.step(task.closure(step))
-        enforce(task)
 
 
 @torch.no_grad()
@@ -102,23 +90,24 @@ class TestWhatIsEnforcedAfterEachStep:
     def test_holds_in_what_eval_shows(self, enforce, first):
         task = classification()
         opt = LQA(task.model.parameters())
-        train(task, opt, first)
-        train(task, opt, 200, enforce, start=first)
-        training, trained = values(task.model), loss_of(task)
+        train(task, opt, range(first))
+        train(task, opt, range(first, first + 200), enforce)
+        training, trained = values(task.model), full_loss(task)
         opt.eval()
         shown = values(task.model)
         if enforce is unit_rows:
             assert torch.equal(training[0], shown[0])
         if enforce in (unit_rows, sum_to_nothing):
-            # To normalise once more changes bits.
+            # To normalize once more changes bits.
             assert torch.equal(training[2], shown[2])
         else:
             enforce(task)
             assert identical(values(task.model), shown)
-        assert loss_of(task) < 1.02 * trained
+        assert full_loss(task) < 1.02 * trained
         opt.train()
         assert identical(values(task.model), training)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("enforce", ENFORCED)
     def test_trains_as_well_as_by_plain_steps(self, enforce):
         losses = []
@@ -134,7 +123,7 @@ class TestWhatIsEnforcedAfterEachStep:
                     closure().backward()
                     opt.step()
                 enforce(task)
-            losses.append(loss_of(task))
+            losses.append(full_loss(task))
         assert losses[0] < 1.1 * losses[1]
 
     @pytest.mark.parametrize(
@@ -161,7 +150,7 @@ class TestWhatIsEnforcedAfterEachStep:
                             param.copy_(change(param))
             leads = [own["z"] - param for param, own in opt.state.items()]
             opt.eval()
-            shown[changes] = loss_of(task), sum(lead.abs().sum().item() for lead in leads)
+            shown[changes] = full_loss(task), sum(lead.abs().sum().item() for lead in leads)
         assert shown[True][0] < 1.05 * shown[False][0]
         assert shown[True][1] > 0.3 * shown[False][1]
 
@@ -169,7 +158,7 @@ class TestWhatIsEnforcedAfterEachStep:
         """As after training is over."""
         task = classification()
         opt = LQA(task.model.parameters())
-        train(task, opt, 100)
+        train(task, opt, range(100))
         prune(task)
         weight = task.model[0].weight.clone()
         opt.eval()
@@ -179,19 +168,19 @@ class TestWhatIsEnforcedAfterEachStep:
     def test_once_then_saved_in_eval_mode(self, change):
         task = classification()
         opt = LQA(task.model.parameters())
-        train(task, opt, 100)
+        train(task, opt, range(100))
         change(task)
         opt.eval()
-        shown = loss_of(task)
+        shown = full_loss(task)
         state = copy.deepcopy(opt.state_dict())
         resumed = copy.deepcopy(task)
         other = LQA(resumed.model.parameters())
         other.load_state_dict(state)
         for optimizer, owner in ((opt, task), (other, resumed)):
             optimizer.train()
-            train(owner, optimizer, 5)
+            train(owner, optimizer, range(5))
         assert identical(values(task.model), values(resumed.model))
-        assert loss_of(resumed) < shown, "training went on from there"
+        assert full_loss(resumed) < shown, "training went on from there"
 
     @pytest.mark.parametrize("hidden", [16, 4096])
     def test_if_it_changes_nothing_keeps_the_average_and_no_copy(self, hidden):
@@ -206,7 +195,7 @@ class TestWhatIsEnforcedAfterEachStep:
                     with torch.no_grad():
                         for param in task.model.parameters():
                             param.clamp_(-100.0, 100.0)
-            assert not any("left" in own for own in opt.state.values())
+            assert not watched(opt)
             opt.eval()
             ends.append(values(task.model))
         assert identical(*ends)
@@ -246,17 +235,17 @@ class TestWhatIsEnforcedAfterEachStep:
         vector = nn.utils.parameters_to_vector(task.model.parameters()).detach()
         nn.utils.vector_to_parameters(vector, task.model.parameters())
         opt = LQA(task.model.parameters())
-        train(task, opt, 20, clamp)
+        train(task, opt, range(20), clamp)
         state = copy.deepcopy(opt.state_dict())
         opt.load_state_dict(state)
-        train(task, opt, 5, clamp)
+        train(task, opt, range(5), clamp)
         opt.eval()
         assert max(param.abs().max() for param in task.model.parameters()) <= 0.2
 
     def test_in_eval_mode_and_then_saved(self):
         task = classification()
         opt = LQA(task.model.parameters())
-        train(task, opt, 100)
+        train(task, opt, range(100))
         opt.eval()
         prune(task)
         kept = task.model[0].weight.clone()
@@ -271,7 +260,7 @@ class TestWhatIsEnforcedAfterEachStep:
         task = classification()
         opt = LQA(task.model.parameters())
         opt.register_step_post_hook(lambda *_: unit_rows(task))
-        train(task, opt, 60)
+        train(task, opt, range(60))
         opt.eval()
         norms = task.model[0].weight.norm(dim=1)
         torch.testing.assert_close(norms, torch.ones_like(norms))
@@ -319,39 +308,36 @@ class TestWhatIsEnforcedAfterEachStep:
     @pytest.mark.parametrize("stop", [1, 2, 30])
     @pytest.mark.parametrize("enforce", [prune, clamp_data, unit_rows])
     def test_resumes_bit_for_bit(self, enforce, stop):
-        whole, part, resumed = classification(), classification(), classification()
-        opt, first = LQA(whole.model.parameters()), LQA(part.model.parameters())
-        train(whole, opt, 40, enforce)
-        train(part, first, stop, enforce)
-        file = io.BytesIO()
-        torch.save((part.model.state_dict(), first.state_dict()), file)
-        file.seek(0)
-        model, state = torch.load(file)
-        second = LQA(resumed.model.parameters())
-        second.load_state_dict(state)
+        task, stopped, resumed = (classification() for _ in range(3))
+        opts = [LQA(each.model.parameters()) for each in (task, stopped, resumed)]
+        train(task, opts[0], range(40), enforce)
+        train(stopped, opts[1], range(stop), enforce)
+        model, state = saved_and_loaded(stopped.model, opts[1])
+        # In the order that is less convenient.
+        opts[2].load_state_dict(state)
         resumed.model.load_state_dict(model)
-        train(resumed, second, 40 - stop, enforce, start=stop)
-        assert identical(values(whole.model), values(resumed.model))
-        opt.eval()
-        second.eval()
-        assert identical(values(whole.model), values(resumed.model))
+        train(resumed, opts[2], range(stop, 40), enforce)
+        assert identical(values(task.model), values(resumed.model))
+        opts[0].eval()
+        opts[2].eval()
+        assert identical(values(task.model), values(resumed.model))
 
     def test_costs_a_copy_of_what_is_changed_alone(self):
         task = classification()
         opt = LQA(task.model.parameters())
         weight = task.model[0].weight
-        train(task, opt, 5, prune)
-        assert {param for param in opt.state if "left" in opt.state[param]} == {weight}
-        train(task, opt, WATCHED + 1)
-        assert not any("left" in own for own in opt.state.values())
+        train(task, opt, range(5), prune)
+        assert watched(opt) == {weight}
+        train(task, opt, range(101))
+        assert not watched(opt)
 
     def test_a_state_that_is_forgotten_is_made_anew(self):
         task = classification()
         opt = LQA(task.model.parameters())
         for forget in (lambda: opt.state.pop(task.model[0].weight), opt.state.clear):
-            train(task, opt, 10, prune)
+            train(task, opt, range(10), prune)
             forget()
-            train(task, opt, 10, prune)
+            train(task, opt, range(10), prune)
             opt.eval()
             opt.train()
 
@@ -367,208 +353,3 @@ class TestWhatIsEnforcedAfterEachStep:
         assert storage() is None
         theta.data = held
         opt.step(lambda: theta.square().sum())
-
-
-class TestFrozenParameters:
-    @pytest.mark.parametrize("size", [16, 256])
-    @pytest.mark.parametrize("after", [10, 100])
-    def test_stay_where_they_are(self, size, after):
-        task = classification()
-        opt = LQA(task.model.parameters())
-        for step in range(after):
-            opt.step(task.closure(step, size))
-        first = task.model[0].requires_grad_(False)
-        kept = first.weight.clone()
-        for step in range(after, after + 150):
-            opt.step(task.closure(step, size))
-            assert torch.equal(first.weight, kept)
-            opt.eval()
-            assert torch.equal(first.weight, kept)
-            opt.train()
-        first.requires_grad_(True)
-        for step in range(30):
-            opt.step(task.closure(step, size))
-        assert not torch.equal(first.weight, kept)
-
-    def test_for_the_step_of_another_optimizer_alone_keep_their_average(self):
-        """As a discriminator is while its generator steps."""
-        ends = []
-        for freezes in (False, True):
-            task = classification()
-            opt = LQA(task.model.parameters())
-            for step in range(60):
-                opt.step(task.closure(step))
-                if freezes:
-                    task.model.requires_grad_(False)
-                    task.model.requires_grad_(True)
-            task.model.requires_grad_(not freezes)
-            opt.eval()
-            ends.append(values(task.model))
-        assert identical(*ends)
-
-
-class TestWeightsThatAreLoaded:
-    @pytest.mark.parametrize("by", ["load_state_dict", "data", "vector"])
-    def test_are_where_training_goes_on_from_and_what_eval_shows(self, by):
-        task, other = classification(), classification(seed=3)
-        other = Task(other.model, task.inputs, task.labels)
-        opt, own = LQA(task.model.parameters()), LQA(other.model.parameters())
-        train(task, opt, 100)
-        train(other, own, 400)
-        own.eval()
-        if by == "load_state_dict":
-            task.model.load_state_dict(other.model.state_dict())
-        elif by == "data":
-            for param, loaded in zip(task.model.parameters(), values(other.model), strict=True):
-                param.data.copy_(loaded)
-        else:
-            vector = nn.utils.parameters_to_vector(other.model.parameters()).detach()
-            nn.utils.vector_to_parameters(vector, task.model.parameters())
-        loaded, start = values(other.model), loss_of(other)
-        opt.eval()
-        assert identical(values(task.model), loaded)
-        opt.train()
-        assert identical(values(task.model), loaded)
-        train(task, opt, 10)
-        assert loss_of(task) < 1.05 * start
-        opt.eval()
-        assert loss_of(task) < 1.05 * start
-        opt.train()
-        train(task, opt, 300)
-        opt.eval()
-        assert loss_of(task) < start
-
-    def test_in_eval_mode(self):
-        task, other = classification(), classification(seed=3)
-        opt = LQA(task.model.parameters())
-        train(task, opt, 100)
-        opt.eval()
-        task.model.load_state_dict(other.model.state_dict())
-        opt.train()
-        assert identical(values(task.model), values(other.model))
-        train(task, opt, 1)
-        for param, loaded in zip(task.model.parameters(), values(other.model), strict=True):
-            torch.testing.assert_close(param.detach(), loaded, rtol=0, atol=0.1)
-
-    @pytest.mark.parametrize("data", [False, True])
-    @pytest.mark.parametrize("averaged", [False, True])
-    def test_for_a_while_leave_no_trace(self, data, averaged):
-        """As an average that the caller keeps, for validation."""
-        plain, swapped = classification(), classification()
-        opts = [LQA(task.model.parameters()) for task in (plain, swapped)]
-        torch.manual_seed(0)
-        others = [torch.randn_like(param) for param in plain.model.parameters()]
-
-        def swap(weights):
-            held = [param.detach().clone() for param in swapped.model.parameters()]
-            for param, weight in zip(swapped.model.parameters(), weights, strict=True):
-                if data:
-                    param.data.copy_(weight)
-                else:
-                    with torch.no_grad():
-                        param.copy_(weight)
-            return held
-
-        for epoch in range(6):
-            for task, opt in zip((plain, swapped), opts, strict=True):
-                train(task, opt, 12, start=12 * epoch)
-            if averaged:
-                opts[1].eval()
-            held = swap(others)
-            if not averaged:
-                opts[1].eval()
-            assert identical(list(swapped.model.parameters()), others)
-            if not averaged:
-                opts[1].train()
-                assert identical(list(swapped.model.parameters()), others)
-            swap(held)
-            if averaged:
-                opts[1].train()
-            assert identical(values(plain.model), values(swapped.model))
-            for opt in opts:
-                opt.eval()
-            assert identical(values(plain.model), values(swapped.model))
-            for opt in opts:
-                opt.train()
-            assert not any("left" in own for own in opts[1].state.values())
-
-    def test_are_saved_as_they_are(self):
-        """The state that is saved while other weights are in place goes with either."""
-        task = classification()
-        opt = LQA(task.model.parameters())
-        train(task, opt, 50)
-        training = copy.deepcopy(task.model.state_dict())
-        for param in task.model.parameters():
-            param.data.zero_()
-        state = copy.deepcopy(opt.state_dict())
-        task.model.load_state_dict(training)
-        train(task, opt, 20, start=50)
-        resumed = classification()
-        resumed.model.load_state_dict(training)
-        other = LQA(resumed.model.parameters())
-        other.load_state_dict(state)
-        train(resumed, other, 20, start=50)
-        assert identical(values(task.model), values(resumed.model))
-
-
-class TestModes:
-    @pytest.mark.parametrize("name", ["lqa-auto", "lqa(adamw)", "lqa-paper"])
-    @pytest.mark.parametrize("every", [1, 7])
-    def test_evaluating_changes_no_step(self, name, every):
-        plain, evaluated = classification(), classification()
-        opts = [CONFIGURATIONS[name](task.model.parameters()) for task in (plain, evaluated)]
-        opts[1].eval()
-        opts[1].train()
-        for step in range(60):
-            train(plain, opts[0], 1, start=step)
-            train(evaluated, opts[1], 1, start=step)
-            if step % every == 0:
-                training = values(evaluated.model)
-                opts[1].eval()
-                opts[1].train()
-                assert identical(values(evaluated.model), training)
-        assert identical(values(plain.model), values(evaluated.model))
-
-    def test_evaluating_around_another_optimizer_changes_no_step(self):
-        ends = []
-        for evaluates in (False, True):
-            task = classification()
-            base = torch.optim.AdamW(task.model.parameters(), betas=(0.0, 0.999))
-            opt = LQA(base, averaging="schedule-free")
-            for step in range(40):
-                train(task, opt, 1, start=step)
-                if evaluates:
-                    opt.eval()
-                    opt.train()
-            ends.append(values(task.model))
-        assert identical(*ends)
-
-    def test_a_state_saved_in_eval_mode_resumes_bit_for_bit(self):
-        whole, resumed = classification(), classification()
-        opt = LQA(whole.model.parameters())
-        train(whole, opt, 25)
-        opt.eval()
-        file = io.BytesIO()
-        torch.save((whole.model.state_dict(), opt.state_dict()), file)
-        opt.train()
-        train(whole, opt, 25, start=25)
-        file.seek(0)
-        model, state = torch.load(file)
-        resumed.model.load_state_dict(model)
-        other = LQA(resumed.model.parameters())
-        other.load_state_dict(state)
-        other.train()
-        train(resumed, other, 25, start=25)
-        assert identical(values(whole.model), values(resumed.model))
-        opt.eval()
-        other.eval()
-        assert identical(values(whole.model), values(resumed.model))
-
-    def test_nothing_is_kept_of_evaluating(self):
-        task = classification()
-        opt = LQA(task.model.parameters())
-        train(task, opt, 25)
-        keys = {key for own in opt.state.values() for key in own}
-        opt.eval()
-        opt.train()
-        assert {key for own in opt.state.values() for key in own} == keys

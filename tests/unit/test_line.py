@@ -1,15 +1,11 @@
-import pickle
-import random
+"""The loss along a direction."""
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from problems import identical
 from torch import nn
 
-from quadstep.line import Block, Line, NumpyGenerator, Surroundings
+from quadstep.line import Block, Line
 
 
 def block(*values, unit=1.0, dtype=torch.float32) -> Block:
@@ -114,100 +110,3 @@ def test_an_error_in_a_probe_leaves_nothing_displaced(error):
     with pytest.raises(error):
         Line([part]).losses(fail, [0.5])
     assert torch.equal(part.params[0], before)
-
-
-@pytest.fixture(params=[np.random.MT19937, np.random.PCG64])
-def bit_generator(request):
-    """What NumPy's global functions draw from."""
-    before = np.random.get_bit_generator()
-    np.random.set_bit_generator(request.param(0))
-    yield
-    np.random.set_bit_generator(before)
-
-
-@pytest.mark.usefixtures("bit_generator")
-def test_a_moment_brings_back_all_random_generators():
-    surroundings = Surroundings()
-    moment = surroundings.capture({torch.device("cpu")})
-
-    def draw():
-        return torch.rand(()).item(), random.random(), np.random.random()  # noqa: NPY002
-
-    drawn = draw()
-    moment.restore()
-    assert draw() == drawn
-
-
-DRAWS = {
-    "torch": lambda: torch.rand(()),
-    "python": random.random,
-    "numpy": lambda: np.random.random(),  # noqa: NPY002
-    "numpy's second of two normals": lambda: np.random.randn(),  # noqa: NPY002
-}
-
-
-@pytest.mark.usefixtures("bit_generator")
-@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
-def test_only_generators_that_advanced_are_kept(draw):
-    np.random.randn()  # noqa: NPY002
-    surroundings = Surroundings()
-    before = surroundings.capture({torch.device("cpu")})
-    draw()
-    then, now = surroundings.capture({torch.device("cpu")}).advanced(before)
-    assert len(then.generators) == len(now.generators) == 1
-
-
-ACTIONS = {
-    "nothing": lambda: None,
-    "uniform": lambda: np.random.random(),  # noqa: NPY002
-    "normal": lambda: np.random.randn(),  # noqa: NPY002
-    "many": lambda: np.random.random(700),  # noqa: NPY002
-    "seed": lambda: np.random.seed(0),  # noqa: NPY002
-    "twister": lambda: np.random.set_bit_generator(np.random.MT19937(1)),
-    "congruential": lambda: np.random.set_bit_generator(np.random.PCG64(1)),
-}
-
-
-@given(actions=st.lists(st.sampled_from(sorted(ACTIONS)), max_size=20))
-def test_the_state_of_numpys_generator_is_as_numpy_tells_it(actions):
-    generator = NumpyGenerator(np.random)
-    ours = np.random.get_bit_generator()
-    try:
-        for action in actions:
-            ACTIONS[action]()
-            plain = np.random.get_state(legacy=False)  # noqa: NPY002
-            assert pickle.dumps(generator.get()) == pickle.dumps(plain)
-            np.random.randn()  # noqa: NPY002
-            generator.get()
-            generator.set(plain)
-            assert pickle.dumps(generator.get()) == pickle.dumps(plain)
-    finally:
-        np.random.set_bit_generator(ours)
-
-
-def test_buffers_are_found_in_whatever_runs_first_and_restored_in_place():
-    class Replacing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, x):
-            self.calls = self.calls + 1
-            return x
-
-    model = nn.Sequential(nn.BatchNorm1d(2), Replacing())
-    surroundings = Surroundings()
-    first = surroundings.capture(None)
-    with surroundings.discovering(first):
-        model(torch.randn(4, 2))
-    assert model[0].num_batches_tracked == 1
-    first.restore()
-    assert model[0].num_batches_tracked == 0
-    assert torch.equal(model[0].running_mean, torch.zeros(2))
-
-    buffer = model[1].calls
-    moment = surroundings.capture(None)
-    model(torch.randn(4, 2))
-    moment.restore()
-    assert model[1].calls is buffer
-    assert model[1].calls == 0

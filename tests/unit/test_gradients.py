@@ -6,6 +6,7 @@ from problems import classification, identical, values
 from torch import nn
 from torch.nn import functional
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from training import backward_of, train
 
 from quadstep import LQA
 
@@ -106,7 +107,7 @@ class TestClearedGradients:
         assert opt.report.counts["held"] >= 2
 
 
-class Adversaries:
+class GenerativeAdversarialNetwork:
     """A generator of points and its discriminator."""
 
     def __init__(self):
@@ -132,7 +133,7 @@ class TestStaleGradients:
     @pytest.mark.parametrize("clears", [None, "before", "in the closure"])
     @pytest.mark.parametrize("generator", ["lqa", "adam"])
     def test_a_generator_leaves_them_in_its_discriminator(self, clears, generator):
-        pair = Adversaries()
+        pair = GenerativeAdversarialNetwork()
         opts = [LQA(pair.discriminator.parameters(), averaging=None)]
         if generator == "lqa":
             opts.append(LQA(pair.generator.parameters(), averaging=None))
@@ -152,8 +153,7 @@ class TestStaleGradients:
             if generator == "lqa":
                 opts[1].step(pair.generate)
             else:
-                opts[1].zero_grad()
-                pair.generate().backward()
+                backward_of(opts[1], pair.generate)
                 opts[1].step()
         assert opts[0].rate > 1e-4
         assert opts[0].report.loss != first
@@ -168,7 +168,7 @@ class TestStaleGradients:
             "mean": lambda logits, sign: -sign * logits.mean(),
         }
         judge = losses[loss]
-        pair = Adversaries()
+        pair = GenerativeAdversarialNetwork()
         opt = LQA(pair.discriminator.parameters(), averaging=None)
         other = (
             torch.optim.Adam(pair.generator.parameters())
@@ -189,22 +189,18 @@ class TestStaleGradients:
             if generator == "lqa":
                 other.step(generate)
                 continue
-            other.zero_grad()
-            made = generate()
-            made.backward()
-            other.step(
-                *([generate] if generator != "adam" else []),
-                **({"loss": made} if generator != "adam" else {}),
-            )
+            made = backward_of(other, generate)
+            if generator == "adam":
+                other.step()
+            else:
+                other.step(generate, loss=made)
 
     def test_of_a_group_that_joins_later(self):
         task = classification()
         opt = LQA(task.model[0].parameters())
-        for step in range(5):
-            opt.step(task.closure(step))
+        train(task, opt, range(5))
         opt.add_param_group({"params": list(task.model[2].parameters())})
-        for step in range(5):
-            opt.step(task.closure(step))
+        train(task, opt, range(5))
 
 
 MESSAGE = (
@@ -224,7 +220,7 @@ class TestDroppedGradients:
         task = classification()
         opt = build(task.model.parameters())
 
-        def train():
+        def run():
             for step in range(20):
                 opt.zero_grad()
                 for part in range(parts):
@@ -234,7 +230,7 @@ class TestDroppedGradients:
                 opt.step(closure)
 
         with pytest.warns(UserWarning, match=MESSAGE) as caught:
-            train()
+            run()
         (warning,) = caught
         assert warning.filename == __file__
 
@@ -244,7 +240,7 @@ class TestDroppedGradients:
         task = classification(*layers)
         body, head = LQA(layers[0].parameters()), LQA(layers[3].parameters())
 
-        def train():
+        def run():
             for step in range(5):
                 for opt, layer in ((body, layers[0]), (head, layers[3])):
                     opt.zero_grad()
@@ -253,7 +249,7 @@ class TestDroppedGradients:
                     opt.step(task.closure(step))
 
         with pytest.warns(UserWarning, match=MESSAGE) as caught:
-            train()
+            run()
         assert len(caught) == 2
 
     @pytest.mark.parametrize("set_to_none", [None, False])
@@ -263,7 +259,7 @@ class TestDroppedGradients:
         task = classification(*layers)
         opt = LQA(task.model.parameters())
 
-        def train():
+        def run():
             for step in range(20):
                 if set_to_none is not None:
                     opt.zero_grad(set_to_none=set_to_none)
@@ -273,16 +269,14 @@ class TestDroppedGradients:
                 opt.step(task.closure(parts * step))
 
         with pytest.warns(UserWarning, match=MESSAGE) as caught:
-            train()
+            run()
         assert len(caught) == 1
 
     def test_none_are_where_the_loss_is_given(self):
         task = classification()
         opt = LQA(task.model.parameters())
         for step in range(20):
-            loss = task.closure(step)()
-            opt.zero_grad()
-            loss.backward()
+            loss = backward_of(opt, task.closure(step))
             nn.utils.clip_grad_norm_(task.model.parameters(), 0.1)
             opt.step(task.closure(step), loss=loss)
 
@@ -304,6 +298,61 @@ class TestDroppedGradients:
         assert identical(before, values(task.model))
         opt.step(task.closure())
         assert not identical(before, values(task.model))
+
+
+class TestAccumulatedGradients:
+    @pytest.mark.filterwarnings("ignore:the closure calls backward:UserWarning")
+    def test_a_closure_that_runs_backward_adds_to_what_was_accumulated(self, configuration):
+        every, parts = classification(dtype=torch.float64), classification(dtype=torch.float64)
+        expected, opt = (configuration(task.model.parameters()) for task in (every, parts))
+        for step in range(12):
+            expected.zero_grad()
+            every.closure(step + 100)().backward()
+            loss = every.closure(step)()
+            loss.backward()
+            expected.step(every.closure(step), loss=loss)
+
+            def closure(step=step):
+                loss = parts.closure(step)()
+                loss.backward()
+                return loss
+
+            opt.zero_grad()
+            parts.closure(step + 100)().backward()
+            opt.step(closure)
+        assert identical(values(every.model), values(parts.model))
+
+    @pytest.mark.filterwarnings("ignore:gradients were in place:UserWarning")
+    def test_what_was_accumulated_is_cleared_for_a_closure_that_only_runs_forward(
+        self, configuration
+    ):
+        cleared, left = classification(dtype=torch.float64), classification(dtype=torch.float64)
+        expected, opt = (configuration(task.model.parameters()) for task in (cleared, left))
+        for step in range(12):
+            expected.step(cleared.closure(step))
+            left.closure(step + 100)().backward()
+            opt.step(left.closure(step))
+        assert identical(values(cleared.model), values(left.model))
+
+    @pytest.mark.filterwarnings("ignore:the closure calls backward:UserWarning")
+    @pytest.mark.parametrize("runs_backward", [True, False])
+    def test_what_the_last_step_left_is_cleared(self, configuration, runs_backward):
+        cleared, left = classification(dtype=torch.float64), classification(dtype=torch.float64)
+        expected, opt = (configuration(task.model.parameters()) for task in (cleared, left))
+        for step in range(12):
+            expected.step(cleared.closure(step))
+
+            def closure(step=step):
+                loss = left.closure(step)()
+                if runs_backward:
+                    loss.backward()
+                return loss
+
+            if step == 5:
+                with pytest.raises(ZeroDivisionError):
+                    opt.step(lambda closure=closure: closure() / (1 // 0))
+            opt.step(closure)
+        assert identical(values(cleared.model), values(left.model))
 
 
 def test_sparse_gradients_of_another_pass():

@@ -1,4 +1,4 @@
-"""The examples of docs/frameworks.md, each run as printed in a process of its own."""
+"""The examples of docs/frameworks.md, each run as printed in a separate process."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text()
 TASK, *_ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 EXAMPLES = re.findall(r"^## (\w+)\n.*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
 OUTCOME = """
@@ -18,9 +18,13 @@ assert own.report.counts["held"] > 80, own.report
 assert own.rate > 1e-3, own.rate
 """
 
+needs_lightning = pytest.mark.skipif(
+    find_spec("lightning") is None, reason="lightning is not installed"
+)
+
 
 def run(program, folder):
-    """Runs a program in a process of its own; returns what it printed."""
+    """Runs a program in a separate process; returns what it printed."""
     ran = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True
     )
@@ -32,6 +36,7 @@ def test_every_framework_has_an_example():
     assert [name for name, _ in EXAMPLES] == ["Lightning", "Accelerate", "Transformers"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "example"), EXAMPLES)
 def test_the_example_trains(name, example, tmp_path):
     if find_spec(name.lower()) is None:
@@ -76,8 +81,8 @@ def fit(epochs, kept, resumed=None):
 
 
 held_out = torch.utils.data.DataLoader(data, 512)
-measured, trainer, saving = fit(4, "whole")
-files = sorted(Path("whole").iterdir())
+measured, trainer, saving = fit(4, "uninterrupted")
+files = sorted(Path("uninterrupted").iterdir())
 assert len(files) == 4
 for file in files:
     reported = float(file.stem.split("validation=")[1])
@@ -97,7 +102,8 @@ print([float(param.double().sum()) for param in measured.parameters()])
 """
 
 
-@pytest.mark.skipif(find_spec("lightning") is None, reason="lightning is not installed")
+@pytest.mark.slow
+@needs_lightning
 @pytest.mark.parametrize("automatic", [False, True])
 def test_lightnings_checkpoints_score_what_was_reported(automatic, tmp_path):
     """And its sanity check before the first epoch changes nothing."""
@@ -110,7 +116,8 @@ def test_lightnings_checkpoints_score_what_was_reported(automatic, tmp_path):
     assert sums[0] == sums[1]
 
 
-@pytest.mark.skipif(find_spec("lightning") is None, reason="lightning is not installed")
+@pytest.mark.slow
+@needs_lightning
 def test_lightnings_own_closure_is_not_warned_of(tmp_path):
     program = """
 class Automatic(Module):

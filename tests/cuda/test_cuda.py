@@ -1,35 +1,36 @@
-"""The promises where parameters, generators and losses live on an accelerator."""
+"""What LQA guarantees, where parameters, generators and losses live on an accelerator."""
 
 import copy
-import io
 import math
 
 import pytest
 import torch
-from configurations import CONFIGURATIONS
-from problems import (
-    about_to_measure,
-    classification,
-    identical,
-    noisy_classification,
-    trains_without_a_trace,
-    values,
-)
+from problems import classification, identical, noisy_classification, values
 from torch.nn import functional
+from training import (
+    about_to_hold,
+    about_to_measure,
+    assert_free_of_side_effects,
+    raising,
+    saved_and_loaded,
+    step_in_two_phases,
+    train,
+    with_fault,
+)
 
 from quadstep import LQA, Reason
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
-every_configuration = pytest.mark.parametrize("name", CONFIGURATIONS)
 
-
-@every_configuration
-def test_steps_are_those_of_the_processor(name):
+def test_steps_are_those_of_the_processor(configuration):
     here = classification(dtype=torch.float64)
     there = copy.deepcopy(here).to("cuda")
     tasks = (here, there)
-    opts = [CONFIGURATIONS[name](task.model.parameters()) for task in tasks]
+    opts = [configuration(task.model.parameters()) for task in tasks]
     for step in range(12):
         for opt, task in zip(opts, tasks, strict=True):
             opt.step(task.closure(step))
@@ -39,34 +40,22 @@ def test_steps_are_those_of_the_processor(name):
     torch.testing.assert_close(moved, values(here.model), rtol=1e-6, atol=1e-9)
 
 
-@every_configuration
-def test_steps_leave_no_trace(name):
-    trains_without_a_trace(
-        CONFIGURATIONS[name], lambda opt, closure: opt.step(closure), device="cuda"
+def test_steps_leave_no_trace(configuration):
+    assert_free_of_side_effects(
+        configuration, lambda opt, closure: opt.step(closure), device="cuda"
     )
 
 
-@every_configuration
 @pytest.mark.parametrize("failing", [1, 2, 3])
 @pytest.mark.parametrize("fault", ["exception", "not finite"])
-def test_a_measuring_step_that_fails_is_undone(name, failing, fault):
-    task, opt = about_to_measure(CONFIGURATIONS[name], "cuda")
+def test_a_measuring_step_that_fails_is_undone(configuration, failing, fault):
+    task, opt = about_to_measure(configuration, "cuda")
     before, random = values(task.model), torch.cuda.get_rng_state()
-    calls = 0
-
-    def closure():
-        nonlocal calls
-        calls += 1
-        loss = task.closure()()
-        if calls < failing or fault == "not finite":
-            return loss * math.nan if calls == failing else loss
-        raise KeyboardInterrupt
-
     if fault == "exception":
         with pytest.raises(KeyboardInterrupt):
-            opt.step(closure)
+            opt.step(with_fault(task.closure(), failing, raising(KeyboardInterrupt)))
     else:
-        opt.step(closure)
+        opt.step(with_fault(task.closure(), failing, lambda loss: loss * math.nan))
         assert opt.report.reason is Reason.NON_FINITE
     assert identical(before, values(task.model))
     # A loss that fails by itself must not be drawn again for ever.
@@ -77,10 +66,8 @@ def test_a_measuring_step_that_fails_is_undone(name, failing, fault):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_a_step_waits_for_the_device_only_to_measure():
     task = classification().to("cuda")
-    opt = LQA(task.model.parameters())
     closure = task.closure()
-    while not opt._wait:
-        opt.step(closure)
+    opt = about_to_hold(task)
     torch.cuda.set_sync_debug_mode("error")
     try:
         opt.step(closure)
@@ -89,20 +76,15 @@ def test_a_step_waits_for_the_device_only_to_measure():
     assert opt.report.reason is Reason.HELD
 
 
-@every_configuration
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_state_of_the_device_resumes_there_and_elsewhere(name, device):
+def test_a_state_of_the_device_resumes_there_and_elsewhere(configuration, device):
     task = noisy_classification().to("cuda")
-    opt = CONFIGURATIONS[name](task.model.parameters())
-    for step in range(13):
-        opt.step(task.closure(step))
-    file = io.BytesIO()
-    torch.save((task.model.state_dict(), opt.state_dict()), file)
-    file.seek(0)
-    model, state = torch.load(file, map_location=device)
+    opt = configuration(task.model.parameters())
+    train(task, opt, range(13))
+    model, state = saved_and_loaded(task.model, opt, map_location=device)
     resumed = noisy_classification().to(device)
     resumed.model.load_state_dict(model)
-    second = CONFIGURATIONS[name](resumed.model.parameters())
+    second = configuration(resumed.model.parameters())
     second.load_state_dict(state)
     for step in range(13, 30):
         for one, other in ((opt, task), (second, resumed)):
@@ -137,14 +119,13 @@ def test_autocast_and_a_scaler(precision):
     assert task.closure(0, 256)().item() < 0.5
 
 
-@every_configuration
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.filterwarnings("default")
-def test_compiled_losses(name, mode):
+def test_compiled_losses(configuration, mode):
     """The second mode replays graphs, which give the same tensors each time."""
     eager = classification(dtype=torch.float64).to("cuda")
     task = copy.deepcopy(eager)
-    opt, reference = (CONFIGURATIONS[name](some.model.parameters()) for some in (task, eager))
+    opt, reference = (configuration(some.model.parameters()) for some in (task, eager))
 
     def compute(inputs, labels):
         return functional.cross_entropy(task.model(inputs), labels)
@@ -157,11 +138,10 @@ def test_compiled_losses(name, mode):
     torch.testing.assert_close(values(task.model), values(eager.model), rtol=1e-6, atol=1e-9)
 
 
-@every_configuration
-def test_captured_graphs(name):
+def test_captured_graphs(configuration):
     eager = classification(dtype=torch.float64).to("cuda")
     task = copy.deepcopy(eager)
-    opt, reference = (CONFIGURATIONS[name](some.model.parameters()) for some in (task, eager))
+    opt, reference = (configuration(some.model.parameters()) for some in (task, eager))
     closure, side = task.closure(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -169,9 +149,9 @@ def test_captured_graphs(name):
         with torch.no_grad():
             closure()
     torch.cuda.current_stream().wait_stream(side)
-    whole, forward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    both, forward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     opt.zero_grad()
-    with torch.cuda.graph(whole):
+    with torch.cuda.graph(both):
         loss = closure()
         loss.backward()
     with torch.no_grad(), torch.cuda.graph(forward):
@@ -182,12 +162,9 @@ def test_captured_graphs(name):
         return probe
 
     for _ in range(15):
-        whole.replay()
+        both.replay()
         opt.step(replay, loss=loss)
-        reference.zero_grad()
-        expected = eager.closure()()
-        expected.backward()
-        reference.step(eager.closure(), loss=expected)
+        expected = step_in_two_phases(reference, eager.closure())
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(values(task.model), values(eager.model), rtol=1e-6, atol=1e-9)
 
@@ -197,8 +174,7 @@ def test_wraps_what_torch_fuses(options):
     def trained(**options):
         task = classification().to("cuda")
         opt = LQA(torch.optim.AdamW(task.model.parameters(), lr=1e-2, **options))
-        for step in range(12):
-            opt.step(task.closure(step))
+        train(task, opt, range(12))
         return values(task.model)
 
     torch.testing.assert_close(trained(**options), trained(foreach=False), rtol=1e-3, atol=1e-5)
