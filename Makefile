@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test format clean
+.PHONY: demo lint test test-fast format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -12,11 +12,18 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/quadstep demo
 
-test: .venv/installed
+# The same checks before a commit (.pre-commit-config.yaml) and in `make test`.
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+test: lint
 	$(BIN)/python -m pytest
+
+# All tests but the slow ones, and no lint.
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
