@@ -1,67 +1,63 @@
 """What tests read of the optimizer's state by name, or replace in the library: all in one place."""
 
-import sys
-from functools import partial
-
 import pytest
+import torch
 
-from quadstep import LQA, Reason, optimizer
-from quadstep.averaging import ScheduleFree
-from quadstep.parabola import Agreement, Decision, Exact, Safeguarded
-
-
-def saved(opt: LQA) -> dict:
-    """The scalars of the state."""
-    return opt.state_dict()["param_groups"][0]["lqa"]
+from quadstep import LQA, Reason, measurement, optimizer
+from quadstep.averaging import WATCHED_STEPS, ScheduleFree
+from quadstep.controllers import Decision, TrustRegionController, VertexController
+from quadstep.statistics import SlopeCheck
 
 
 def is_due(opt: LQA) -> bool:
     """Whether the next step measures."""
-    return saved(opt)["wait"] == 0
+    return opt.param_groups[0]["lqa.wait"] == 0
 
 
 def momentum_scale(opt: LQA) -> float:
     """How many times as far the fast iterate steps as it does where losses are noisy."""
-    return saved(opt)["stretch"]
+    return opt.param_groups[0]["lqa.momentum_scale"]
 
 
 def noise_estimate(opt: LQA) -> dict:
     """What is known of the noise in the losses."""
-    return saved(opt)["search"]["noise"]
+    prefix = "lqa.controller.noise."
+    return {key: value for key, value in opt.param_groups[0].items() if key.startswith(prefix)}
 
 
 def watched(opt: LQA) -> set:
     """The parameters of which a copy is kept, because the caller has changed them."""
-    return {param for param, own in opt.state.items() if "left" in own}
+    states = opt.state.items()
+    return {
+        param for param, own in states if own.get("unchanged_steps", WATCHED_STEPS) < WATCHED_STEPS
+    }
 
 
 def pin_rate(monkeypatch: pytest.MonkeyPatch, moves: bool = True) -> None:
     """Makes controllers leave the rate alone: a wrapped optimizer must then be itself."""
 
-    def decide(self, rate, points):
-        return self, Decision(rate, rate if moves else 0.0, Reason.MINIMUM)
+    def update(self, state, rate, samples):
+        return state, Decision(rate, rate if moves else 0.0, Reason.MINIMUM)
 
-    for controller in (Safeguarded, Exact):
-        monkeypatch.setattr(controller, "decide", decide)
+    for controller in (TrustRegionController, VertexController):
+        monkeypatch.setattr(controller, "update", update)
 
 
 def take_two_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes each measurement take two probes, whatever the gradients show."""
-    monkeypatch.setattr(Agreement, "holds", False)
+    monkeypatch.setattr(SlopeCheck, "passes", False)
 
 
 def keep_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the fast iterate step no further where losses are free of noise."""
-    monkeypatch.setattr(optimizer, "ScheduleFree", partial(ScheduleFree, furthest=1.0))
+    monkeypatch.setattr(optimizer, "ScheduleFree", lambda: ScheduleFree(max_momentum_scale=1.0))
 
 
 def audit_every(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Has the loss evaluated twice at the same parameters once in so many steps."""
-    monkeypatch.setattr(optimizer, "AUDIT", steps)
+    monkeypatch.setattr(measurement, "AUDIT_INTERVAL", steps)
 
 
 def run_as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the library take the ways that it takes where reading a value waits for a device."""
-    for name, module in [*sys.modules.items()]:
-        if name.startswith("quadstep.") and hasattr(module, "at_hand"):
-            monkeypatch.setattr(module, "at_hand", lambda tensor: False)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)

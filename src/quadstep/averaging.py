@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from quadstep.arguments import check_shape
 from quadstep.changes import UNKNOWN, ChangeDetector
 from quadstep.line import Line, ParamBlock
-from quadstep.tensors import full_tensor, real_views
+from quadstep.tensors import real_views
 
 Groups = list[dict[str, Any]]
 State = MutableMapping[Any, dict[str, Any]]
@@ -28,8 +29,8 @@ WATCHED_STEPS = 100
 class Update(Protocol):
     """How a step moves the parameters, and which weights evaluation shows.
 
-    All methods take the param groups, the first of which holds the scalars, or the per-parameter
-    state, or both.
+    Methods take the param groups, the first of which holds the scalars, and the state of the
+    parameters.
     """
 
     averages: ClassVar[bool]
@@ -42,19 +43,14 @@ class Update(Protocol):
         """Makes the state of parameters that have none."""
 
     def observe(self, groups: Groups, state: State, look: bool) -> None:
-        """Follows the caller's changes; to look for hidden ones, too, waits for the device."""
+        """Follows the caller's changes; to look for hidden ones waits for the device."""
 
     def apply(
         self, line: Line, groups: Groups, state: State, step: float, determinism: float | None
     ) -> None:
-        """Moves the parameters from the start of the line.
+        """Moves the parameters from the start of the line by a rate, which may be zero.
 
-        Args:
-            line: the line, with the parameters anywhere on it.
-            groups: the param groups.
-            state: the per-parameter state.
-            step: the rate to move by; zero moves nothing.
-            determinism: from 0, losses are noisy, to 1; None after a measurement that failed.
+        `determinism` is 0 where losses are noisy, 1 where they are not; None if no loss was finite.
         """
         ...
 
@@ -65,7 +61,7 @@ class Update(Protocol):
         """Puts the weights back that training goes on from."""
 
     def save(self, groups: Groups, packed: dict[Any, Any]) -> None:
-        """Completes the state that a state dict keeps by number, without changing the live one."""
+        """Completes the per-parameter state of a state dict, and leaves the live one alone."""
 
     def load(self, groups: Groups, state: State) -> None:
         """Goes on from a loaded state; parameters may be loaded before or after."""
@@ -74,7 +70,7 @@ class Update(Protocol):
 class PlainUpdate(Update):
     """The step itself."""
 
-    averages = False
+    averages: ClassVar[bool] = False
 
     def apply(
         self, line: Line, groups: Groups, state: State, step: float, determinism: float | None
@@ -83,6 +79,7 @@ class PlainUpdate(Update):
         line.move(step)
 
 
+@dataclass(eq=False)
 class ScheduleFree(Update):
     """Schedule-free averaging (Defazio et al., "The Road Less Scheduled", 2024).
 
@@ -90,7 +87,7 @@ class ScheduleFree(Update):
     beta x, which the parameters hold in training. Only z is stored; x follows from y and z. What
     the caller changes in y, as by clipping, masking or loading weights, z follows.
 
-    Args:
+    Attributes:
         beta: weight of x in y.
         z_step_scale: step of z in units of the measured rate; y moves by a fraction of it.
         weight_power: the n-th z has a weight of about n to this power in x.
@@ -104,23 +101,16 @@ class ScheduleFree(Update):
         >>> update.show_average(groups, state)
     """
 
-    averages = True
+    averages: ClassVar[bool] = True
+    beta: float = 0.9
+    z_step_scale: float = 4.0
+    weight_power: float = 3.0
+    max_momentum_scale: float = 3.0
 
-    def __init__(
-        self,
-        beta: float = 0.9,
-        z_step_scale: float = 4.0,
-        weight_power: float = 3.0,
-        max_momentum_scale: float = 3.0,
-    ) -> None:
-        self._beta = beta
-        self._z_step_scale = z_step_scale
-        self._weight_power = weight_power
-        self._max_momentum_scale = max_momentum_scale
-        # y as the last step left it: copies where it was changed lately (None once loaded, until
-        # it is observed; in the same order on all processes), and a detector for the rest.
-        self._watched: dict[Tensor, Tensor | None] = {}
-        self._y, self._x = ChangeDetector(), ChangeDetector()
+    def __post_init__(self) -> None:
+        # y as the last step left it; watched is what the caller has changed lately.
+        self._y, self._watched = ChangeDetector(), ChangeDetector(exact=True)
+        self._x = ChangeDetector()
         self._frozen: set[Tensor] = set()
         self._look_next = False
 
@@ -129,45 +119,47 @@ class ScheduleFree(Update):
         return {UPDATES: 0, MOMENTUM_SCALE: 1.0}
 
     def initialize(self, blocks: list[ParamBlock], state: State) -> None:
-        """Starts z at y, and the other keys, too: distributed checkpoints load no new ones."""
+        """Starts z at y, and adds all keys, as distributed checkpoints load no new ones."""
+        checksums = {"y_checksum": UNKNOWN, "x_checksum": UNKNOWN}
+        checkpointed = checksums | {"unchanged_steps": WATCHED_STEPS}
         for block in blocks:
             for owner, param in zip(block.owners, block.params, strict=True):
                 if "z" not in state[owner]:
-                    counts = {"unchanged_steps": WATCHED_STEPS}
-                    checksums = {"y_checksum": UNKNOWN, "x_checksum": UNKNOWN}
-                    state[owner] |= {"z": param.clone()} | counts | checksums
-                    self._watched.pop(owner, None)
+                    state[owner] |= {"z": param.clone()} | checkpointed
+                    self._watched.remove(owner)
                     self._y.add(owner)
 
     def observe(self, groups: Groups, state: State, look: bool) -> None:
-        """Lets z follow the entries of watched parameters, and others as a whole."""
-        for param in [*self._watched]:
-            if "z" not in state.get(param, ()):
-                del self._watched[param]
-                continue
-            state[param] |= self._followed(param, state[param], groups)
-            # At once, in case this step is undone and taken again.
-            self._watched[param] = _real(param).clone()
+        """Shifts z with the changed entries of watched parameters; sets it to other changed y."""
+        for detector in (self._watched, self._y):
+            for param in detector:
+                if "z" not in state.get(param, ()):
+                    detector.remove(param)
+        for param in self._watched:
+            # Before any z moves.
+            check_shape(_real(param), state[param]["z"])
+        changed = self._watched.changed()
+        for param in self._watched:
+            state[param] |= self._followed(param, state[param], changed, groups)
             if state[param]["unchanged_steps"] == WATCHED_STEPS:
-                del self._watched[param]
+                self._watched.remove(param)
                 self._y.add(param)
+        # In case this step is undone and taken again.
+        self._watched.record()
         frozen = {param for param in self._y if not param.requires_grad}
-        if not (look or self._look_next or self._y.version_changed or frozen != self._frozen):
-            return
-        changed = self._y.changed()
-        for param in self._y:
-            own = state.get(param, {})
-            if "z" not in own:
-                self._y.remove(param)
-            elif param in changed or param in frozen - self._frozen:
-                y = _real(param)
-                check_shape(y, own["z"])
-                own["z"].copy_(y)
+        if look or self._look_next or self._y.version_changed or frozen != self._frozen:
+            changed = self._y.changed()
+            for param in changed | (frozen - self._frozen):
+                y, z = _real(param), state[param]["z"]
+                check_shape(y, z)
+                z.copy_(y)
+            for param in self._y:
                 if param in changed:
-                    own["unchanged_steps"] = 0
-                    self._watched[param] = y.clone()
+                    state[param]["unchanged_steps"] = 0
                     self._y.remove(param)
-        self._frozen, self._look_next = frozen, False
+                    self._watched.add(param)
+            self._watched.record()
+            self._frozen, self._look_next = frozen, False
 
     def apply(
         self, line: Line, groups: Groups, state: State, step: float, determinism: float | None
@@ -179,9 +171,7 @@ class ScheduleFree(Update):
         if step:
             groups[0][UPDATES] += 1
             self._move(line.blocks, groups, state, step)
-        for param, copy in self._watched.items():
-            if copy is not None:
-                copy.copy_(_real(param))
+        self._watched.record()
         self._y.record()
 
     def show_average(self, groups: Groups, state: State) -> None:
@@ -214,37 +204,38 @@ class ScheduleFree(Update):
 
     @torch.no_grad()
     def save(self, groups: Groups, packed: dict[Any, Any]) -> None:
-        """Lets the saved z follow now, as copies of y are not saved, and adds checksums."""
-        for number, param in enumerate(_parameters(groups)):
-            own: dict[str, Any] = packed.get(number, {})
-            if "z" not in own:
-                continue
-            if param in self._watched:
-                own = self._followed(param, own, groups)
-                # The next step counts once more.
-                own["unchanged_steps"] -= 1
-            checksums = {"y_checksum": self._y.checksum(param)}
-            checksums["x_checksum"] = self._x.checksum(param)
-            packed[number] = own | checksums
+        """Adds the checksums; z follows before it is saved, as copies of y are not saved."""
+        changed = self._watched.changed()
+        for number, param in enumerate(_params(groups)):
+            own = packed.get(number, {})
+            if "z" in own:
+                if param in self._watched:
+                    own = self._followed(param, own, changed, groups)
+                    # The next step counts once more.
+                    own["unchanged_steps"] -= 1
+                checksums = {"y_checksum": self._y.checksum(param)}
+                checksums["x_checksum"] = self._x.checksum(param)
+                packed[number] = own | checksums
 
     def load(self, groups: Groups, state: State) -> None:
         """Watches the parameters that were watched, and compares others with the checksums."""
-        self._watched, self._frozen, self._look_next = {}, set(), True
-        self._y, self._x = ChangeDetector(), ChangeDetector()
-        for param in _parameters(groups):
-            own = state.get(param, {})
-            if "z" in own and own["unchanged_steps"] < WATCHED_STEPS:
-                self._watched[param] = None
-            elif "z" in own:
+        self.__post_init__()
+        self._look_next = True
+        for param, *_ in _iterates(groups, state):
+            own = state[param]
+            if own["unchanged_steps"] < WATCHED_STEPS:
+                self._watched.add(param)
+            else:
                 self._y.add(param, own["y_checksum"])
                 self._x.add(param, own["x_checksum"])
 
     def _momentum(self, groups: Groups) -> float:
-        return 1.0 - (1.0 - self._beta) / groups[0][MOMENTUM_SCALE]
+        """The weight of x in y at present."""
+        return 1.0 - (1.0 - self.beta) / groups[0][MOMENTUM_SCALE]
 
     def _newest_weight(self, groups: Groups) -> float:
         """The weight of the newest z in x, in (0, 1]."""
-        return (1.0 + self._weight_power) / (groups[0][UPDATES] + self._weight_power)
+        return (1.0 + self.weight_power) / (groups[0][UPDATES] + self.weight_power)
 
     def _adapt(self, groups: Groups, state: State, determinism: float) -> None:
         """Sets the momentum scale: at most such that x draws y along no further than a step does.
@@ -252,8 +243,8 @@ class ScheduleFree(Update):
         More momentum adds up steps along a valley and cancels those across it. x stays, and y or z
         moves closer to it.
         """
-        drawn = (1.0 - self._beta) / self._newest_weight(groups)
-        scale = min(max(drawn, 1.0), self._max_momentum_scale) ** determinism
+        drawn = (1.0 - self.beta) / self._newest_weight(groups)
+        scale = min(max(drawn, 1.0), self.max_momentum_scale) ** determinism
         if scale == groups[0][MOMENTUM_SCALE]:
             return
         old = self._momentum(groups)
@@ -275,37 +266,38 @@ class ScheduleFree(Update):
         fraction = 1.0 - self._momentum(groups) * (1.0 - weight)
         for block in blocks:
             z = [state[owner]["z"] for owner in block.owners]
-            step = self._z_step_scale * groups[0][MOMENTUM_SCALE] * rate / block.lr_ratio
+            step = self.z_step_scale * groups[0][MOMENTUM_SCALE] * rate / block.lr_ratio
             torch._foreach_lerp_(block.params, z, weight)
             torch._foreach_add_(block.params, block.direction, alpha=-step * fraction)
             torch._foreach_add_(z, block.direction, alpha=-step)
 
-    def _followed(self, param: Tensor, own: dict[str, Any], groups: Groups) -> dict[str, Any]:
-        """The state of a watched parameter once z has followed y; shares what has not changed.
+    def _followed(
+        self, param: Tensor, own: dict[str, Any], changed: set[Tensor], groups: Groups
+    ) -> dict[str, Any]:
+        """The state of a watched parameter once z has followed y.
 
         A change of y that undoes a step also undoes that of z, whose distance from y it reduces by
         at most beta / (1 - beta) times itself; one that is small beside a step shifts z.
         """
-        y, copy, beta = _real(param), self._watched[param], self._momentum(groups)
-        if copy is not None:
-            check_shape(y, copy)
-            if full_tensor((y != copy).any()):
-                change = y - copy
-                bound = change.abs().mul_(beta / (1.0 - beta))
-                shift = change.sub_(torch.clamp(own["z"] - copy, -bound, bound))
-                return own | {"z": own["z"] + shift, "unchanged_steps": 0}
-        return own | {"unchanged_steps": own["unchanged_steps"] + 1}
+        if param not in changed:
+            return own | {"unchanged_steps": own["unchanged_steps"] + 1}
+        y, copy, beta = _real(param), _real(self._watched.copy(param)), self._momentum(groups)
+        check_shape(y, copy)
+        change = y - copy
+        bound = change.abs().mul_(beta / (1.0 - beta))
+        shift = change.sub_(torch.clamp(own["z"] - copy, -bound, bound))
+        return own | {"z": own["z"] + shift, "unchanged_steps": 0}
 
 
-def _real(param: Tensor) -> Tensor:
-    return real_views([param])[0]
+def _real(tensor: Tensor) -> Tensor:
+    return real_views([tensor])[0]
 
 
-def _parameters(groups: Groups) -> list[Tensor]:
+def _params(groups: Groups) -> list[Tensor]:
     return [param for group in groups for param in group["params"]]
 
 
 def _iterates(groups: Groups, state: State) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
     """Each parameter that has moved, what it holds, and its z, both as real tensors."""
-    moved = [param for param in _parameters(groups) if "z" in state.get(param, ())]
+    moved = [param for param in _params(groups) if "z" in state.get(param, ())]
     return zip(moved, real_views(moved), (state[param]["z"] for param in moved), strict=True)

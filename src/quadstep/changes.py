@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quadstep.tensors import any_shard, group_by, is_distributed, local, real_views
+from quadstep.tensors import any_shard, full_tensor, group_by, is_distributed, local, real_views
 
 UNKNOWN = -1
 """In place of a checksum: of distributed tensors, and of those not recorded."""
@@ -27,12 +27,16 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 class ChangeDetector:
     """Tells which of some tensors have changed since `record`.
 
-    Version counters cost nothing, but writes through `.data` do not raise them. So contents are
-    compared, too: those of small tensors with a copy, of others by a checksum; of distributed ones,
-    which takes all processes, only where the version has changed, as it then has on all of them.
+    Writes through `.data` do not raise a tensor's version. So contents are compared: of small
+    tensors with a copy, of large ones by a checksum, and by that of distributed ones, as all
+    processes must take part, only where the version has changed.
+
+    Args:
+        exact: copy all tensors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exact: bool = False) -> None:
+        self._exact = exact
         self._versions: dict[Tensor, int] = {}
         self._copies: dict[Tensor, Tensor] = {}
         self._checksums: dict[Tensor, Tensor | int | None] = {}
@@ -56,13 +60,13 @@ class ChangeDetector:
     def record(self) -> None:
         """Records all tensors as they are now."""
         for tensor in [*self._checksums]:
-            if tensor.numel() > _SMALL or is_distributed(tensor):
-                self._checksums[tensor] = _checksum(tensor)
-            else:
+            if self._exact or (tensor.numel() <= _SMALL and not is_distributed(tensor)):
                 del self._checksums[tensor]
                 self._copies[tensor] = torch.empty_like(tensor)
+            else:
+                self._checksums[tensor] = _checksum(tensor)
         if self._copies:
-            torch._foreach_copy_([*self._copies.values()], [*self._copies])
+            torch._foreach_copy_(local(self._copies.values()), local(self._copies))
         self._versions = {tensor: tensor._version for tensor in self._versions}
 
     @property
@@ -79,6 +83,10 @@ class ChangeDetector:
             found.update(compress(tensors, flags.tolist()))
         return found
 
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The copy of a tensor that has changed."""
+        return self._copies[tensor]
+
     def checksum(self, tensor: Tensor) -> int:
         """The checksum of a tensor as it was recorded, for a checkpoint."""
         copy = self._copies.get(tensor)
@@ -89,7 +97,7 @@ class ChangeDetector:
         copy, checksum = self._copies.get(tensor), self._checksums.get(tensor)
         differs = copy is not None
         if copy is not None and (copy.shape, copy.dtype) == (tensor.shape, tensor.dtype):
-            return (copy != tensor).any()
+            return full_tensor((copy != tensor).any())
         if checksum is not None and not is_distributed(tensor):
             return _checksum(tensor).ne(checksum)
         if checksum is not None and tensor._version != self._versions[tensor]:

@@ -4,7 +4,7 @@ from reference import schedule_free
 from torch import nn
 
 from quadstep.averaging import ScheduleFree
-from quadstep.direction import NormalisedGradient
+from quadstep.directions import RMSNormalized
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -20,7 +20,7 @@ def test_equals_the_plain_iterates_step_by_step(weight_decay, adapting):
     quiet = [min(step, 20 - step) / 10 if 0 < step < 20 and adapting else 0.0 for step in range(30)]
     averaging, direction, state = (
         ScheduleFree(beta=0.5, kappa=3.0, power=2.0, furthest=4.0),
-        NormalisedGradient(),
+        RMSNormalized(),
         {theta: {}},
     )
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_keeps_one_copy_of_the_parameters():
     theta.grad = torch.ones(5)
     state = {theta: {}}
     with torch.no_grad():
-        line = NormalisedGradient().line([{"params": [theta], "lr": 1.0}], state, 1.0, False)
+        line = RMSNormalized().line([{"params": [theta], "lr": 1.0}], state, 1.0, False)
         ScheduleFree().move(line.blocks, state, 1.0, 1.0)
     assert set(state[theta]) == {"step", "square", "z"}
 
@@ -73,7 +73,7 @@ def test_adapting_leaves_the_average_where_it_is():
         return x, y, z
 
     with torch.no_grad():
-        line = NormalisedGradient().line([{"params": [theta], "lr": 1.0}], state, 1.0, False)
+        line = RMSNormalized().line([{"params": [theta], "lr": 1.0}], state, 1.0, False)
         averaging.move(line.blocks, state, 1.0, 0.5)
         x, y, z = iterates()
         averaging.adapt(1.0, 10_000, [theta, still], state)

@@ -85,14 +85,15 @@ class TestRefusedStates:
         if saving == loading:
             opt.load_state_dict(state)
             return
-        own, other = opt.configuration, CONFIGURATIONS[saving](params).configuration
-        key = next(key for key in own if own[key] != other[key])
+        own, other = opt.param_groups[0], state["param_groups"][0]
+        names = ("direction", "controller", "update")
+        name = next(name for name in names if own[f"lqa.{name}"] != other[f"lqa.{name}"])
         before = copy.deepcopy(opt.state_dict())
         with pytest.raises(ValueError, match="state_dict was saved with") as caught:
             opt.load_state_dict(state)
         assert str(caught.value) == (
-            f"state_dict was saved with {key} = {other[key]!r}, this optimizer has {key} = "
-            f"{own[key]!r}; construct LQA as it was when it was saved"
+            f"state_dict was saved with {name} = {other[f'lqa.{name}']!r}, this optimizer has "
+            f"{name} = {own[f'lqa.{name}']!r}; construct LQA as it was when it was saved"
         )
         assert same_state(opt.state_dict(), before)
 
@@ -101,13 +102,13 @@ class TestRefusedStates:
         [
             (
                 lambda params: torch.optim.SGD(params).state_dict(),
-                "state_dict was not saved by LQA: its first param group has no entry 'lqa'; "
-                "load it into the optimizer that saved it",
+                "state_dict was not saved by LQA: its first param group has no entry "
+                "'lqa.version'; load it into the optimizer that saved it",
             ),
             (
                 lambda params: LQA.paper(params).state_dict(),
                 "state_dict was saved with direction = 'Gradient', this optimizer has direction = "
-                "'NormalisedGradient'; construct LQA as it was when it was saved",
+                "'RMSNormalized'; construct LQA as it was when it was saved",
             ),
         ],
     )
@@ -121,9 +122,9 @@ class TestRefusedStates:
     def test_loading_another_version(self):
         opt = LQA(classification().model.parameters())
         state = opt.state_dict()
-        state["param_groups"][0]["lqa"]["version"] = 99
+        state["param_groups"][0]["lqa.version"] = 99
         message = (
-            r"^state_dict has version 99, and this quadstep reads version 4; load it with the "
+            r"^state_dict has version 99, and this quadstep reads version 5; load it with the "
             r"quadstep that saved it$"
         )
         with pytest.raises(ValueError, match=message):

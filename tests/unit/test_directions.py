@@ -12,7 +12,7 @@ from torch import nn
 from training import full_loss, same_state, train
 
 from quadstep import LQA, Reason
-from quadstep.direction import NormalisedGradient
+from quadstep.directions import RMSNormalized
 
 
 def direction_along(params, grads, state=None):
@@ -21,7 +21,7 @@ def direction_along(params, grads, state=None):
         param.grad = grad
     state = {param: {} for param in params} if state is None else state
     with torch.no_grad():
-        line = NormalisedGradient().line([{"params": params, "lr": 1.0}], state, 1.0, True)
+        line = RMSNormalized().line([{"params": params, "lr": 1.0}], state, 1.0, True)
     return line.blocks[0].direction
 
 

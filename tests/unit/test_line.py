@@ -5,12 +5,12 @@ import torch
 from problems import identical
 from torch import nn
 
-from quadstep.line import Block, Line
+from quadstep.line import Line, ParamBlock
 
 
-def block(*values, unit=1.0, dtype=torch.float32) -> Block:
+def block(*values, lr_ratio=1.0, dtype=torch.float32) -> ParamBlock:
     params = [nn.Parameter(torch.tensor(value, dtype=dtype)) for value in values]
-    return Block(params, params, [torch.rand_like(p) for p in params], unit)
+    return ParamBlock(params, params, [torch.rand_like(p) for p in params], lr_ratio)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_each_move_starts_from_rate_zero():
 
 
 def test_blocks_move_by_their_units():
-    one, other = block([1.0], dtype=torch.float64), block([1.0], unit=0.1, dtype=torch.float64)
+    one, other = block([1.0], dtype=torch.float64), block([1.0], lr_ratio=0.1, dtype=torch.float64)
     Line([one, other]).move(0.1)
     moved = 1.0 - torch.cat([one.params[0], other.params[0]])
     torch.testing.assert_close(moved, torch.cat([0.1 * one.direction[0], other.direction[0]]))
@@ -49,12 +49,12 @@ def test_blocks_move_by_their_units():
 
 def test_the_slope_is_the_derivative_of_the_loss_along_the_line():
     blocks = [block([1.0, 2.0], [[3.0]], dtype=torch.float64)]
-    blocks.append(block([4.0], unit=0.1, dtype=torch.float64))
+    blocks.append(block([4.0], lr_ratio=0.1, dtype=torch.float64))
     rate = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
     def loss(rate):
         return sum(
-            (param - rate / part.unit * direction).sin().square().sum()
+            (param - rate / part.lr_ratio * direction).sin().square().sum()
             for part in blocks
             for param, direction in zip(part.params, part.direction, strict=True)
         )

@@ -17,7 +17,7 @@ from torch.nn import functional
 from training import assert_free_of_side_effects, backward_of, step_in_two_phases, train
 
 from quadstep import LQA, Reason
-from quadstep.line import NumpyGenerator, Surroundings
+from quadstep.snapshot import ModuleTracker, NumpyGenerator
 
 
 @pytest.fixture(params=[np.random.MT19937, np.random.PCG64])
@@ -31,8 +31,8 @@ def bit_generator(request):
 
 @pytest.mark.usefixtures("bit_generator")
 def test_a_snapshot_restores_all_random_generators():
-    tracker = Surroundings()
-    snapshot = tracker.capture({torch.device("cpu")})
+    tracker = ModuleTracker()
+    snapshot = tracker.capture([torch.zeros(())])
 
     def draw():
         return torch.rand(()).item(), random.random(), np.random.random()  # noqa: NPY002
@@ -54,10 +54,10 @@ DRAWS = {
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
 def test_only_generators_that_advanced_are_kept(draw):
     np.random.randn()  # noqa: NPY002
-    tracker = Surroundings()
-    before = tracker.capture({torch.device("cpu")})
+    tracker = ModuleTracker()
+    before = tracker.capture([torch.zeros(())])
     draw()
-    then, now = tracker.capture({torch.device("cpu")}).advanced(before)
+    then, now = tracker.capture([torch.zeros(())]).pair_advanced(before)
     assert len(then.generators) == len(now.generators) == 1
 
 
@@ -100,9 +100,9 @@ def test_buffers_are_found_in_whatever_runs_first_and_restored_in_place():
             return x
 
     model = nn.Sequential(nn.BatchNorm1d(2), Replacing())
-    tracker = Surroundings()
+    tracker = ModuleTracker()
     first = tracker.capture(None)
-    with tracker.discovering(first):
+    with tracker.tracking(first, ()):
         model(torch.randn(4, 2))
     assert model[0].num_batches_tracked == 1
     first.restore()

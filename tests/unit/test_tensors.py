@@ -19,8 +19,7 @@ from training import (
 )
 
 from quadstep import LQA, Reason
-from quadstep.line import assign, copies, inner, rank_mean
-from quadstep.line import parted as group_by
+from quadstep.tensors import assign, copies, group_by, inner, rank_mean
 
 
 def test_groups_keep_the_order_of_their_items():
