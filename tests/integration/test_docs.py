@@ -56,7 +56,9 @@ def test_the_code_blocks_of_a_page_run(page, subtests, tmp_path, monkeypatch):
         with subtests.test(line=example.line):
             example.evaluate()
     if page.stem in FRAMEWORKS and find_spec(page.stem):
-        assert is_trained(getattr(names["optimizer"], "optimizer", names["optimizer"]), names["accuracy"])
+        assert is_trained(
+            getattr(names["optimizer"], "optimizer", names["optimizer"]), names["accuracy"]
+        )
 
 
 def test_each_guarantee_names_tests_and_they_exist():
