@@ -41,6 +41,14 @@ SENTENCES = (
 )
 """The sentences of the README that state results, with the names of `recorded()`."""
 
+ADVICE = (
+    "at or below that of the best hand-tuned setting on {held_out_wins} of {tasks} tasks",
+    "{held_out} times it in the geometric mean",
+    "`weight_decay=0.1` ({decayed_held_out} times)",
+    "keep the best checkpoint ({best_checkpoint} times, {decayed_best_checkpoint} with that weight",
+)
+"""The sentences of the page on choosing a configuration that state results."""
+
 NO_RESULTS = (
     "below 1 is better",
     "Python 3.11",
@@ -91,6 +99,11 @@ def recorded() -> dict[str, Any]:
         "hand_tuned": re.search(r"are the best, on each task anew, of (\d+)", suite)[1],
         "settings": settings,
         "training_wins": wins,
+        "held_out_wins": settings["lqa-auto"][4],
+        "held_out": settings["lqa-auto"][1],
+        "best_checkpoint": settings["lqa-auto"][2],
+        "decayed_held_out": settings["lqa-auto-decay"][1],
+        "decayed_best_checkpoint": settings["lqa-auto-decay"][2],
         "held_out_losses": sum(ratio > 1.0 for ratio in ratios),
         "worst": f"{ratios[0]:.0f}",
         "second_worst": f"{ratios[1]}",
@@ -119,6 +132,12 @@ def test_it_is_short():
 @pytest.mark.parametrize("sentence", SENTENCES)
 def test_its_sentences_state_what_was_recorded(sentence):
     assert sentence.format(**recorded()) in prose(README)
+
+
+@pytest.mark.parametrize("sentence", ADVICE)
+def test_the_advice_to_choose_states_what_was_recorded(sentence):
+    page = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
+    assert sentence.format(**recorded()) in page
 
 
 def test_its_prose_has_no_other_number():
