@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo lint test test-fast format clean
+.PHONY: demo docs lint test test-fast format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,10 @@ test: lint
 # All tests but the slow ones, and no lint.
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
+
+# The tests build it, too, and treat warnings as errors.
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -30,7 +30,7 @@ def test_on_ranks(outcomes, launch, check):
 
 
 def test_the_page_on_distributed_training_runs_as_it_stands(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "recipes" / "distributed.md").read_text()
     script = tmp_path / "train.py"
     script.write_text(page.split("```python\n")[1].split("```")[0])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

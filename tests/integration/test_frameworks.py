@@ -1,4 +1,4 @@
-"""The examples of docs/frameworks.md, each run as printed in a separate process."""
+"""Lightning's checkpoints and its closure, with the module of docs/recipes/lightning.md."""
 
 import re
 import subprocess
@@ -8,15 +8,11 @@ from pathlib import Path
 
 import pytest
 
-PAGE = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text()
-TASK, *_ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-EXAMPLES = re.findall(r"^## (\w+)\n.*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE)
-OUTCOME = """
-own = getattr(optimizer, "optimizer", optimizer)
-assert accuracy > 0.95, accuracy
-assert own.report.counts["held"] > 80, own.report
-assert own.rate > 1e-3, own.rate
-"""
+pytestmark = pytest.mark.slow
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "lightning.md"
+TASK, EXAMPLE = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+LIGHTNING = EXAMPLE.split("trainer = lightning.Trainer")[0]
 
 needs_lightning = pytest.mark.skipif(
     find_spec("lightning") is None, reason="lightning is not installed"
@@ -32,19 +28,6 @@ def run(program, folder):
     return ran.stdout
 
 
-def test_every_framework_has_an_example():
-    assert [name for name, _ in EXAMPLES] == ["Lightning", "Accelerate", "Transformers"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "example"), EXAMPLES)
-def test_the_example_trains(name, example, tmp_path):
-    if find_spec(name.lower()) is None:
-        pytest.skip(f"{name} is not installed")
-    run(TASK + example + OUTCOME, tmp_path)
-
-
-LIGHTNING = dict(EXAMPLES)["Lightning"].split("trainer = lightning.Trainer")[0]
 CHECKPOINTS = """
 import copy, warnings
 from pathlib import Path

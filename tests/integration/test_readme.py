@@ -1,0 +1,192 @@
+"""Every number of the README is in the records, and what it shows survives on PyPI."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
+README = (ROOT / "README.md").read_text()
+COSTS = (ROOT / "docs" / "benchmarks" / "index.md").read_text()
+MODELS = ("transformer", "resnet18", "mlp", "lenet", "logistic")
+
+SETTINGS = {
+    "`LQA(params)`": "lqa-auto",
+    "`LQA(params, weight_decay=0.1)`": "lqa-auto-decay",
+    "`LQA(AdamW(params))`": "lqa-adamw",
+    "AdamW, warm-up and cosine, 0.01": "AdamW, cosine 0.01",
+    "AdamW 0.01": "AdamW 0.01",
+    "AdamW 0.003": "AdamW 0.003",
+}
+COST_RECORDS = {
+    "processor": "cost.json",
+    "the same, another hour": "small/cost.json",
+    "processor with AVX2 only, earlier": "avx2/cost.json",
+    "H100, earlier": "cuda/cost.json",
+}
+
+SENTENCES = (
+    "on all {tasks} tasks of",
+    "the loss of the best of {hand_tuned} hand-tuned settings",
+    "at or below the best hand-tuned setting on {training_wins} of {tasks} tasks",
+    "gets there in {steps} of the steps",
+    "above the best hand-tuned setting on {held_out_losses} of {tasks} tasks",
+    "by up to {second_worst} times and by {worst} times on one with badly scaled weights",
+    "the default takes {h100_least} to {h100_most} times a step of AdamW there",
+    "Of the paper's {claims} claims on the method",
+    "the default meets {auto_holds}, `lqa` {lqa_holds} and Algorithm 1 as printed {paper_holds};",
+)
+"""The sentences of the README that state results, with the names of `recorded()`."""
+
+ADVICE = (
+    "at or below that of the best hand-tuned setting on {held_out_wins} of {tasks} tasks",
+    "{held_out} times it in the geometric mean",
+    "`weight_decay=0.1` ({decayed_held_out} times)",
+    "keep the best checkpoint ({best_checkpoint} times, {decayed_best_checkpoint} with that weight",
+)
+"""The sentences of the page on choosing a configuration that state results."""
+
+NO_RESULTS = (
+    "below 1 is better",
+    "Python 3.11",
+    "Zhu et al., 2020",
+    "Algorithm 1",
+)
+"""Numbers of the README that state no result."""
+
+
+def table(text: str, after: str) -> dict[str, list[str]]:
+    """The rows of the first table after some words, by their first cell, which may be a link."""
+    lines = text[text.index(after) :].split("\n")
+    first = next(index for index, line in enumerate(lines) if line.startswith("|"))
+    rows: dict[str, list[str]] = {}
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *rest = (cell.strip() for cell in line[1:-1].split("|"))
+        rows[re.sub(r"\[(.*)\]\(.*\)", r"\1", name)] = rest
+    return rows
+
+
+def costs(record: str, optimizer: str) -> dict[str, str]:
+    """The time of a step relative to AdamW's, for each model that a record has."""
+    rows = json.loads((RESULTS / "bench" / record).read_text())["rows"]
+    return {
+        row["model"]: f"{row['ratio']:.2f}"
+        for row in rows
+        if (row["optimizer"], row["base"]) == (optimizer, "adamw")
+    }
+
+
+def recorded() -> dict[str, Any]:
+    """The headline numbers, as the reports written from the records have them."""
+    suite = (RESULTS / "SUITE.md").read_text()
+    verdicts = table((RESULTS / "CLAIMS.md").read_text(), "| configuration |")
+    settings = table(suite, "## One setting for all tasks")
+    tasks = len(table(suite, "## The tasks"))
+    training, held_out = table(suite, "## Training loss"), table(suite, "## Held-out loss")
+    ratios = sorted((float(row[3]) for row in held_out.values()), reverse=True)
+    h100 = sorted(costs("cuda/cost.json", "lqa-auto").values())
+    wins = sum(float(row[3]) <= 1.0 for row in training.values())
+    assert [wins, sum(ratio <= 1.0 for ratio in ratios)] == [
+        int(count) for count in settings["lqa-auto"][3:5]
+    ]
+    return {
+        "tasks": tasks,
+        "hand_tuned": re.search(r"are the best, on each task anew, of (\d+)", suite)[1],
+        "settings": settings,
+        "training_wins": wins,
+        "held_out_wins": settings["lqa-auto"][4],
+        "held_out": settings["lqa-auto"][1],
+        "best_checkpoint": settings["lqa-auto"][2],
+        "decayed_held_out": settings["lqa-auto-decay"][1],
+        "decayed_best_checkpoint": settings["lqa-auto-decay"][2],
+        "held_out_losses": sum(ratio > 1.0 for ratio in ratios),
+        "worst": f"{ratios[0]:.0f}",
+        "second_worst": f"{ratios[1]}",
+        "steps": re.search(r"([\d.]+) of the steps where it is reached", suite)[1],
+        "h100_least": h100[0],
+        "h100_most": h100[-1],
+        "claims": sum(int(count) for count in verdicts["lqa-auto"]),
+        "auto_holds": verdicts["lqa-auto"][0],
+        "lqa_holds": verdicts["lqa"][0],
+        "paper_holds": verdicts["lqa-paper"][0],
+    }
+
+
+def prose(text: str) -> str:
+    """The words of a document: no code, tables, images, links or citation, in one line."""
+    text = text.split("\n## Citation")[0]
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(r"^\|.*$|!\[.*?\]\(.*?\)|`[^`]*=[^`]*`", "", text, flags=re.MULTILINE)
+    return " ".join(re.sub(r"\]\([^)]*\)", "]", text).replace("**", "").split())
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_its_sentences_state_what_was_recorded(sentence):
+    assert sentence.format(**recorded()) in prose(README)
+
+
+@pytest.mark.parametrize("sentence", ADVICE)
+def test_the_advice_to_choose_states_what_was_recorded(sentence):
+    page = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
+    assert sentence.format(**recorded()) in page
+
+
+def test_its_prose_has_no_other_number():
+    words = prose(README)
+    for known in [sentence.format(**recorded()) for sentence in SENTENCES] + [*NO_RESULTS]:
+        words = words.replace(known, "")
+    names = r"\b(?:FSDP2|H100|ResNet-18|LeNet-5|CIFAR-10)\b"
+    assert re.findall(r"\S*\d\S*", re.sub(names, "", words)) == []
+
+
+def test_its_table_of_settings_is_that_of_the_suite():
+    settings = recorded()["settings"]
+    shown = table(README, "What one setting gives")
+    assert shown == {label: settings[name][:3] for label, name in SETTINGS.items()}
+    # Nothing that trains better than one shown is left out, but other configurations and peers.
+    assert [*settings][:2] == ["lqa-auto", "lqa-auto-decay"]
+
+
+def test_its_costs_are_those_recorded():
+    shown = table(README, "## What it costs")
+    for label, optimizer in (("`LQA(params)`", "lqa-auto"), ("`LQA(AdamW(params))`", "lqa-adamw")):
+        ratios = costs("cost.json", optimizer)
+        assert shown[label] == [ratios[model] for model in MODELS]
+
+
+def test_the_costs_of_the_benchmarks_page_are_those_recorded():
+    shown = table(COSTS, "## Cost")
+    assert shown.keys() == COST_RECORDS.keys()
+    for label, record in COST_RECORDS.items():
+        ratios = costs(record, "lqa-auto")
+        assert shown[label] == [ratios.get(model, "") for model in MODELS]
+
+
+def test_it_links_to_nothing_that_pypi_does_not_have():
+    targets = re.findall(r"\]\(([^)]+)\)|^\[\w+\]: (\S+)", README, re.MULTILINE)
+    links = [inline or reference for inline, reference in targets]
+    assert len(links) > 10
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert sorted(set(re.findall(r"\]\[(\w+)\]", README))) == sorted(
+        re.findall(r"^\[(\w+)\]: ", README, re.MULTILINE)
+    )
+
+
+def test_its_links_to_the_site_and_the_repository_exist():
+    site, repository = "https://quadstep.github.io/quadstep/", "/quadstep/quadstep/blob/main/"
+    for path in re.findall(rf"{site}([\w/-]*)", README):
+        page = ROOT / "docs" / f"{path.rstrip('/') or 'index'}.md"
+        assert page.exists() or (page.with_suffix("") / "index.md").exists(), path
+    for path in re.findall(rf"{repository}(\S+)", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"githubusercontent\.com/quadstep/quadstep/main/([^\s)]+)", README):
+        assert (ROOT / path).exists(), path
