@@ -35,7 +35,7 @@ def schedule_free(
     start: Tensor,
     rates: list[float],
     betas: list[float],
-    kappas: list[float],
+    z_step_scales: list[float],
     power: float,
     decay: float = 0.999,
     eps: float = 1e-8,
@@ -46,7 +46,7 @@ def schedule_free(
     A larger beta draws y towards x, a smaller one z.
     """
     x, y, z, grads, before = start.clone(), start.clone(), start.clone(), [], betas[0]
-    for t, (rate, beta, kappa) in enumerate(zip(rates, betas, kappas, strict=True), start=1):
+    for t, (rate, beta, scale) in enumerate(zip(rates, betas, z_step_scales, strict=True), start=1):
         if beta > before:
             y = (1.0 - beta) * z + beta * x
         elif beta < before:
@@ -54,7 +54,7 @@ def schedule_free(
         before = beta
         grads.append(gradient(y))
         d = normalised(grads, decay, eps) + weight_decay * y
-        z = z - kappa * rate * d
+        z = z - scale * rate * d
         x = x + (z - x) * (1.0 + power) / (t + power)
         y = (1.0 - beta) * z + beta * x
     return x, y, z

@@ -15,9 +15,8 @@ from torch import Tensor
 from quadstep.arguments import check_shape
 from quadstep.changes import UNKNOWN, ChangeDetector
 from quadstep.line import Line, ParamBlock
-from quadstep.tensors import real_views
+from quadstep.tensors import Groups, parameters, real_views
 
-Groups = list[dict[str, Any]]
 State = MutableMapping[Any, dict[str, Any]]
 
 UPDATES, MOMENTUM_SCALE = "lqa.updates", "lqa.momentum_scale"
@@ -206,7 +205,7 @@ class ScheduleFree(Update):
     def save(self, groups: Groups, packed: dict[Any, Any]) -> None:
         """Adds the checksums; z follows before it is saved, as copies of y are not saved."""
         changed = self._watched.changed()
-        for number, param in enumerate(_params(groups)):
+        for number, param in enumerate(parameters(groups)):
             own = packed.get(number, {})
             if "z" in own:
                 if param in self._watched:
@@ -293,11 +292,7 @@ def _real(tensor: Tensor) -> Tensor:
     return real_views([tensor])[0]
 
 
-def _params(groups: Groups) -> list[Tensor]:
-    return [param for group in groups for param in group["params"]]
-
-
 def _iterates(groups: Groups, state: State) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
     """Each parameter that has moved, what it holds, and its z, both as real tensors."""
-    moved = [param for param in _params(groups) if "z" in state.get(param, ())]
+    moved = [param for param in parameters(groups) if "z" in state.get(param, ())]
     return zip(moved, real_views(moved), (state[param]["z"] for param in moved), strict=True)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from quadstep.arguments import rate
 from quadstep.gradients import gradients_of, is_zero
+from quadstep.tensors import Groups, parameters
 
 T = TypeVar("T")
 
@@ -92,9 +93,9 @@ def carry_scalars(known: dict[str, Any], group: dict[str, Any]) -> dict[str, Any
 
 
 @contextmanager
-def unchanged(groups: list[dict[str, Any]], state: Any) -> Generator[None]:
+def unchanged(groups: Groups, state: Any) -> Generator[None]:
     """Restores groups, per-parameter state and gradients at the end."""
-    params = [param for group in groups for param in group["params"]]
+    params = parameters(groups)
     gradients = [param.grad for param in params]
     saved_groups = [copy.copy(group) for group in groups]
     saved_state = {param: copy.deepcopy(entry) for param, entry in state.items()}
@@ -124,12 +125,12 @@ def to_python_numbers(value: Any) -> Any:
     return value
 
 
-def is_state_request(groups: list[dict[str, Any]], state: Any) -> bool:
+def is_state_request(groups: Groups, state: Any) -> bool:
     """Whether a step is one of `torch.distributed.checkpoint`, which wants the state created.
 
     It steps a fresh optimizer at a rate of zero, with gradients of zero.
     """
     if state or any(rate(group["lr"]) for group in groups):
         return False
-    gradients = gradients_of(param for group in groups for param in group["params"])
+    gradients = gradients_of(parameters(groups))
     return bool(gradients) and all(map(is_zero, gradients))

@@ -19,9 +19,15 @@ from torch.optim import Optimizer
 
 from quadstep.arguments import check_shape
 from quadstep.line import Line, ParamBlock
-from quadstep.tensors import copies, group_by_device, is_distributed, local, norms, real_views
-
-Group = dict[str, Any]
+from quadstep.tensors import (
+    Groups,
+    copies,
+    group_by_device,
+    is_distributed,
+    local,
+    norms,
+    real_views,
+)
 
 
 class Direction(Protocol):
@@ -30,7 +36,7 @@ class Direction(Protocol):
     base: Optimizer | None  # the wrapped optimizer, if there is one
     has_weight_decay: ClassVar[bool]  # whether it takes a weight decay of the groups
 
-    def line(self, groups: list[Group], state: Any, rate: float, is_kept: bool) -> Line:
+    def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Computes the line of this step, and advances the per-parameter state once.
 
         The line need not outlast a move along it unless it `is_kept`: probed or averaged.
@@ -44,7 +50,7 @@ class Gradient:
     base: Optimizer | None = None
     has_weight_decay: ClassVar[bool] = False
 
-    def line(self, groups: list[Group], state: Any, rate: float, is_kept: bool) -> Line:
+    def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Takes the gradients, or copies where a probe could overwrite them."""
         blocks = gather_blocks(groups, rate)
         for block in blocks:
@@ -78,7 +84,7 @@ class RMSNormalized:
         self.decay = decay
         self.eps = eps
 
-    def line(self, groups: list[Group], state: Any, rate: float, is_kept: bool) -> Line:
+    def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Advances the running mean square, and normalizes, centralizes, clips and decays."""
         blocks = gather_blocks(groups, rate)
         for block in blocks:
@@ -125,7 +131,7 @@ class OptimizerStep:
         self.base: Optimizer | None = base
         self._base = base
 
-    def line(self, groups: list[Group], state: Any, rate: float, is_kept: bool) -> Line:
+    def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Steps the base once; the line runs from before the step through where it arrived."""
         if not is_kept:
             self._base.step()
@@ -185,7 +191,7 @@ def _clip(blocks: list[ParamBlock]) -> None:
         torch._foreach_div_(local(block.direction), excess.to(first.device))
 
 
-def gather_blocks(groups: list[Group], rate: float, allow_sparse: bool = False) -> list[ParamBlock]:
+def gather_blocks(groups: Groups, rate: float, allow_sparse: bool = False) -> list[ParamBlock]:
     """Collects the gradients of each group, and device or mesh, in a block.
 
     Raises:

@@ -16,11 +16,10 @@ from quadstep.controllers import StepController
 from quadstep.directions import Direction
 from quadstep.gradients import gradients_of, mark_used
 from quadstep.measurement import Schedule, steps_taken
+from quadstep.tensors import Groups
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Groups = list[dict[str, Any]]
 
 
 class Strategies(NamedTuple):
@@ -49,11 +48,6 @@ class Strategies(NamedTuple):
     def controller_state(self, scalars: dict[str, Any]) -> Any:
         """The state of the controller, read from the scalars."""
         return checkpoint.unflatten(self.controller.state_type, scalars, CONTROLLER_STATE)
-
-
-def parameters(groups: Groups) -> list[Tensor]:
-    """The parameters of all groups, in their order."""
-    return [param for group in groups for param in group["params"]]
 
 
 def rate_in_force(groups: Groups) -> float:

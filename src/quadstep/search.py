@@ -15,7 +15,7 @@ from quadstep.checkpoint import CONTROLLER_STATE, flatten
 from quadstep.closures import PROBES_WITH_GRADIENTS, Closure, ClosureEvaluator
 from quadstep.controllers import Decision, Reason
 from quadstep.gradients import inspect
-from quadstep.groups import Groups, Strategies, parameters, rate_in_force
+from quadstep.groups import Strategies, rate_in_force
 from quadstep.line import Line
 from quadstep.measurement import (
     OUT_OF_MEMORY,
@@ -25,7 +25,7 @@ from quadstep.measurement import (
     is_out_of_memory,
     measure,
 )
-from quadstep.tensors import world_size
+from quadstep.tensors import Groups, parameters, world_size
 
 
 class StepSearch:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Item = TypeVar("Item")
+Groups = list[dict[str, Any]]
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 
@@ -29,6 +30,11 @@ def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def parameters(groups: Groups) -> list[Tensor]:
+    """The parameters of all param groups, in their order."""
+    return [param for group in groups for param in group["params"]]
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:

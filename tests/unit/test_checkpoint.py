@@ -9,6 +9,12 @@ import torch
 from configurations import CONFIGURATIONS
 from problems import classification, identical, noisy_classification, values
 from seams import momentum_scale
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.nn import functional
 from training import same_state, saved_and_loaded, train, train_seeded
 
@@ -172,3 +178,25 @@ def test_numbers_of_numpy_that_are_written_later_are_pythons_in_checkpoints():
     _, state = saved_and_loaded(model, opt, weights_only=True)
     group = state["param_groups"][0]
     assert group["schedule"] == {"decays": [0.0, 0.5, 1.0], "at": [3]}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("stop", [4, 13, 25])
+def test_a_distributed_checkpoint_resumes_bit_for_bit(configuration, flatten, stop, tmp_path):
+    """Into a fresh optimizer, of which it loads only the keys that are there."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    task, resumed = noisy_classification(), noisy_classification()
+    opt, other = configuration(task.model.parameters()), configuration(resumed.model.parameters())
+    train_seeded(task, opt, range(stop))
+    model, state = get_state_dict(task.model, opt, options=options)
+    dcp.save({"model": model, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    model, state = get_state_dict(resumed.model, other, options=options)
+    dcp.load({"model": model, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(
+        resumed.model, other, model_state_dict=model, optim_state_dict=state, options=options
+    )
+    for each, optimizer in ((task, opt), (resumed, other)):
+        train_seeded(each, optimizer, range(stop, 40))
+    assert identical(values(task.model), values(resumed.model))
+    assert other.report == opt.report
