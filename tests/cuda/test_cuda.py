@@ -40,7 +40,7 @@ def test_steps_are_those_of_the_processor(configuration):
     torch.testing.assert_close(moved, values(here.model), rtol=1e-6, atol=1e-9)
 
 
-def test_steps_leave_no_trace(configuration):
+def test_steps_have_no_side_effects(configuration):
     assert_free_of_side_effects(
         configuration, lambda opt, closure: opt.step(closure), device="cuda"
     )

@@ -56,7 +56,7 @@ def check_checkpoints_resume_bit_for_bit(folder):
         assert other.report == opt.report
 
 
-def check_whole_checkpoints_on_rank_0(folder):
+def check_full_checkpoints_on_rank_0(folder):
     """The options with which the first rank alone holds everything, in the memory of the CPU."""
     options = {"full_state_dict": True, "cpu_offload": True}
     task, model, opt = begun("lqa-auto")

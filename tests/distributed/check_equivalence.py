@@ -141,7 +141,7 @@ def check_a_loss_that_is_a_dtensor(_):
     torch.testing.assert_close(full(model), parameters, rtol=1e-9, atol=1e-9)
 
 
-def check_steps_stretch_alike_where_losses_are_free_of_noise(_):
+def check_momentum_scales_are_equal_where_losses_are_deterministic(_):
     """The same batch at every step; the average, too, is drawn along with the shards."""
     alone = classification(dtype=torch.float64)
     expected = CONFIGURATIONS["lqa-auto"](alone.model.parameters(), process_group=this_process())

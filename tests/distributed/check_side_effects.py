@@ -78,7 +78,7 @@ def check_only_some_ranks_draw_random_numbers(_):
         agree(opt.rate)
 
 
-def check_ddp_probes_leave_no_trace(_):
+def check_ddp_probes_are_free_of_side_effects(_):
     """Buffers, which DDP broadcasts, dropout and generators are those of plain DDP."""
     with pytest.MonkeyPatch.context() as patch:
         pin_rate(patch)

@@ -30,7 +30,7 @@ def test_accumulation(configuration, parts):
     assert full_loss(task) < 0.8 * first
 
 
-def test_accumulation_equals_the_whole_batch(configuration):
+def test_accumulation_equals_the_full_batch(configuration):
     joined, parted = classification(dtype=torch.float64), classification(dtype=torch.float64)
     one, other = (configuration(task.model.parameters()) for task in (joined, parted))
     for step in range(12):

@@ -57,7 +57,7 @@ class TestWeightsThatAreLoaded:
 
     @pytest.mark.parametrize("data", [False, True])
     @pytest.mark.parametrize("averaged", [False, True])
-    def test_for_a_while_leave_no_trace(self, data, averaged):
+    def test_for_a_while_have_no_effect(self, data, averaged):
         """As an average that the caller keeps, for validation."""
         plain, swapped = classification(), classification()
         opts = [LQA(task.model.parameters()) for task in (plain, swapped)]

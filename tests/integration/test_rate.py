@@ -67,7 +67,7 @@ class TestTheRate:
 class TestNoise:
     """Where losses are free of noise, the fast iterate of the default steps further."""
 
-    def test_losses_of_all_the_data_are_quiet(self):
+    def test_losses_of_full_batches_are_deterministic(self):
         task = classification()
         opt = LQA(task.model.parameters())
         scales = []

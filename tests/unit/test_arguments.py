@@ -241,7 +241,7 @@ class TestErrors:
         assert str(caught.value) == message
 
 
-def test_trying_a_step_leaves_no_trace():
+def test_trying_a_step_has_no_side_effects():
     task = classification()
     calls = []
 

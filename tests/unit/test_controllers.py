@@ -376,7 +376,7 @@ class TestDamping:
         assert self.record(risen, 1e-6).damping < 1.0
         assert self.rule.clip(self.record(risen, 1e-6), 1.0, 1.1, convex=False) == 1.1
 
-    def test_the_search_backs_off_to_where_promises_could_not_show(self):
+    def test_the_rate_contracts_until_predicted_reductions_are_below_the_noise(self):
         lines = along(Quadratic(1.0, -0.05), [2.0 + 0.01 * step for step in range(300)])
         state, found, reasons = run(plain(), 0.1, lines)
         assert set(reasons) == {Reason.CONCAVE, Reason.SHRUNK}
@@ -416,13 +416,13 @@ class TestSufficientDecrease:
     def record(self, losses, reduction=1.0):
         return record(self.rule, losses, reduction)
 
-    def test_no_rate_rises_on_promises_that_are_not_kept(self):
+    def test_no_rate_expands_without_a_sufficient_decrease(self):
         plateau = [2.3 + 0.01 * (-1) ** step for step in range(300)]
         assert self.rule.clip(self.record(plateau[:2]), 1.0, 3.0) == 1.0
         assert self.rule.clip(self.record(plateau), 1.0, 3.0) < 1.0
         assert self.rule.clip(self.record(plateau, reduction=1e-6), 1.0, 3.0) == 3.0
 
-    def test_a_rate_falls_that_promises_ten_times_what_would_be_a_proof(self):
+    def test_a_rate_contracts_after_ten_predicted_decreases_without_one(self):
         plateau = [2.0 + 0.1 * (-1) ** step for step in range(100)]
         few = self.record(plateau, reduction=0.009)
         visible = few.losses.spread / (12.0 * few.predicted_reduction)
@@ -455,7 +455,7 @@ class TestSufficientDecrease:
         assert state.losses.mean < 1.06
         assert state.last_success < 22
 
-    def test_a_rate_falls_where_the_loss_has_risen_since_the_last_proof(self):
+    def test_a_rate_contracts_where_the_loss_has_risen_since_the_last_success(self):
         def after(loss, reduction, steps=60):
             state = self.record([2.3] * 12 + [1.0] * 60)
             for _ in range(steps):

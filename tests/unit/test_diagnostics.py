@@ -143,7 +143,7 @@ class TestClosuresThatMisbehave:
         assert len(seen) == 1
         assert opt.rate < 1.0
 
-    def test_honest_closures_are_not_accused(self, configuration, monkeypatch):
+    def test_deterministic_closures_are_not_warned_of(self, configuration, monkeypatch):
         """Dropout, batch normalization, attention, autocast: at every measurement, both phases."""
         audit_every(monkeypatch, steps=1)
         task = noisy_classification()

@@ -127,7 +127,7 @@ class TestTheRate:
 class TestIntervals:
     @pytest.mark.slow
     @pytest.mark.parametrize("period", [2, 3, 5, 10, 11])
-    def test_measurements_meet_every_beat_alike(self, period):
+    def test_measurements_do_not_alias_with_periodic_batches(self, period):
         task = classification()
         opt = LQA(task.model.parameters())
         met = Counter()

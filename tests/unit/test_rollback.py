@@ -14,7 +14,7 @@ from training import about_to_hold, about_to_measure, backward_of, raising, trai
 from quadstep import LQA, Reason
 
 
-class TestNoTrace:
+class TestFreeOfSideEffects:
     @pytest.mark.parametrize("failing", [1, 2, 3])
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
     def test_an_exception_undoes_the_step(self, configuration, failing, error):

@@ -222,7 +222,7 @@ class TestModules:
         assert losses[-1] < losses[0]
 
     @pytest.mark.parametrize("name", [*CONFIGURATIONS, "another optimizer"])
-    def test_those_reached_later_are_probed_without_trace(self, name):
+    def test_those_reached_later_are_probed_without_side_effects(self, name):
         """A second head, of parameters known from the start or of a group that joins the base."""
         task = noisy_classification()
         head = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
@@ -241,7 +241,9 @@ class TestModules:
             assert head[1].num_batches_tracked == step + 1
             assert task.model[1].num_batches_tracked == step + 4
 
-    def test_modules_of_a_group_that_joins_later_are_probed_without_trace(self, configuration):
+    def test_modules_of_a_group_that_joins_later_are_probed_without_side_effects(
+        self, configuration
+    ):
         task = noisy_classification()
         opt = configuration(task.model.parameters())
         opt.step(task.closure())

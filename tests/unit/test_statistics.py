@@ -41,7 +41,9 @@ class TestNoise:
         return noise
 
     @given(st.floats(0.5, 0.99), st.floats(-0.5, 0.5), st.floats(-10, 10), st.floats(1e-3, 1e3))
-    def test_losses_on_one_curve_or_on_two_by_turns_are_quiet(self, fall, apart, floor, scale):
+    def test_losses_on_one_curve_or_on_two_by_turns_are_deterministic(
+        self, fall, apart, floor, scale
+    ):
         """At any offset and at any scale."""
         losses = [scale * (floor + fall**step * (1 + apart * (-1) ** step)) for step in range(300)]
         paths = [losses[at : at + 11] for at in range(0, 200, 10)]
