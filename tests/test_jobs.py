@@ -18,12 +18,12 @@ from problems import (
     trains_without_a_trace,
     values,
 )
+from sklearn.datasets import load_breast_cancer
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 from quadstep import LQA, Reason, direction, line, optimizer
-from quadstep.lab import data
 
 
 @pytest.fixture(params=CONFIGURATIONS)
@@ -1058,7 +1058,8 @@ class TestBatchesOfTwo:
     )
     def test_a_wrong_example_does_not_send_the_rate_out(self, build, seed):
         """Nearly all losses are zero in the end, and the slope of the rest is steep."""
-        table = data.load("breast-cancer")
+        inputs, labels = map(torch.from_numpy, load_breast_cancer(return_X_y=True))
+        inputs = ((inputs - inputs.mean(0)) / inputs.std(0)).float()
         torch.manual_seed(seed)
         model = nn.Sequential(
             nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
@@ -1066,10 +1067,10 @@ class TestBatchesOfTwo:
         opt = build(model.parameters())
 
         def loss(rows=slice(None)):
-            outputs = model(table.train_inputs[rows])
-            return functional.cross_entropy(outputs, table.train_labels[rows])
+            outputs = model(inputs[rows])
+            return functional.cross_entropy(outputs, labels[rows])
 
-        for batch in torch.randint(len(table.train_labels), (1500, 2)):
+        for batch in torch.randint(len(labels), (1500, 2)):
             opt.step(lambda batch=batch: loss(batch))
         assert loss() < 0.2
 

@@ -2,7 +2,8 @@ import re
 from pathlib import Path
 
 import torch
-from reports import rows
+
+from quadstep_bench.report import table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -22,11 +23,11 @@ def test_the_examples_run_as_printed(capsys):
 
 def test_the_suite_is_shown_as_it_was_recorded():
     report = (ROOT / "results" / "SUITE.md").read_text()
-    training, held_out = rows(report, "## Training loss"), rows(report, "## Held-out loss")
-    assert rows(README.read_text(), "## The suite") == {
+    training, held_out = table(report, "## Training loss"), table(report, "## Held-out loss")
+    assert table(README.read_text(), "## The suite") == {
         task: [*training[task][:4], held_out[task][3], held_out[task][-1]] for task in training
     }
-    every = rows(report, "## One setting for all tasks")
-    shown = rows(README.read_text(), "### One setting for all tasks")
+    every = table(report, "## One setting for all tasks")
+    shown = table(README.read_text(), "### One setting for all tasks")
     assert shown == {setting: every[setting][:3] for setting in shown}
     assert [*shown][:2] == [*every][:2]

@@ -1,0 +1,233 @@
+"""Lines: how much of the greatest possible reduction of the loss the rate of a step gives.
+
+At some steps of a run the line of the step is frozen on a copy of the model and searched finely:
+the same batch, the same random numbers, the direction that the optimizer steps along. One file of
+JSON lines a run: a header as in the records, one line a step searched, and the outcome.
+"""
+
+# Neither torch nor scipy is typed throughout.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
+
+import copy
+import json
+import math
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from quadstep import LQA
+from quadstep.line import Line, Surroundings
+from quadstep.parabola import Decision
+from quadstep_bench.optimizers import check_configuration
+from quadstep_bench.runner import records
+from quadstep_bench.runner.records import Config, Epoch, RecordError
+from quadstep_bench.runner.training import Trial
+from quadstep_bench.tasks import check_task
+from quadstep_bench.tasks import data as data_sets
+
+GRID = (0.0, *(10.0 ** (tick / 8) for tick in range(-32, 33)))
+"""Where a line is searched first, in units of the rate of the step: zero, and four decades to
+either side."""
+
+PRECISION = 1e-4
+"""How closely the best rate is then approached, relative to its neighbour on the grid."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search of the line of one step found.
+
+    Attributes:
+        rate: The rate that the optimizer steps with.
+        best_rate: The rate of the lowest loss.
+        reduction: How much lower the loss is at `rate` than at zero.
+        greatest: How much lower it is at `best_rate`.
+    """
+
+    rate: float
+    best_rate: float
+    reduction: float
+    greatest: float
+
+    @property
+    def ratio(self) -> float | None:
+        """The share of the greatest reduction; `None` where the loss cannot be reduced."""
+        return self.reduction / self.greatest if self.greatest > 0.0 else None
+
+
+def search(model: nn.Module, optimizer: LQA, loss: Callable[[nn.Module], Tensor]) -> Found | None:
+    """Searches the line of the step that the optimizer is about to take.
+
+    All of it happens on copies, and the random generators return to where they stood.
+
+    Args:
+        model: The model, in its state before the step.
+        optimizer: The optimizer of its parameters.
+        loss: The loss of a model on the batch of the step.
+
+    Returns:
+        What was found; `None` if the step has no positive rate.
+    """
+    twin, state = copy.deepcopy((model, optimizer.__getstate__()))
+    still = _Still(state)
+    surroundings = Surroundings()
+    before = surroundings.capture({param.device for param in model.parameters()})
+
+    def evaluate() -> Tensor:
+        before.restore()
+        return loss(twin)
+
+    try:
+        with surroundings.discovering(before):
+            still.step(lambda: loss(twin))
+        with torch.no_grad():
+            return _search(still.line, evaluate, still.stride) if still.stride > 0.0 else None
+    finally:
+        before.restore()
+
+
+class _Still(LQA):
+    """LQA in a given state that stays where it is, and keeps the line and rate of its step."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.__setstate__(state)
+        self.line = Line([])
+        self.stride = 0.0
+
+    def _move(self, line: Line, decision: Decision) -> None:
+        self.line, self.stride = line, decision.step
+
+
+def _search(line: Line, evaluate: Callable[[], Tensor], rate: float) -> Found:
+    losses: dict[float, float] = {}
+
+    def look(*rates: float) -> float:
+        """Evaluates at rates and returns the last loss; one that overflows counts as huge."""
+        found = torch.stack(line.losses(evaluate, rates))
+        huge = torch.finfo(found.dtype).max
+        found = found.nan_to_num(nan=huge, posinf=huge, neginf=huge)
+        losses.update(zip(rates, map(float, found.cpu()), strict=True))
+        return losses[rates[-1]]
+
+    rates = [rate * factor for factor in GRID]
+    look(*rates)
+    best = min(range(len(rates)), key=lambda index: losses[rates[index]])
+    low, high = rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)]
+    minimize_scalar(look, bounds=(low, high), method="bounded", options={"xatol": PRECISION * high})
+    best_rate = float(min(losses, key=losses.__getitem__))
+    return Found(rate, best_rate, losses[0.0] - losses[rate], losses[0.0] - losses[best_rate])
+
+
+def run(
+    config: Config,
+    *,
+    steps: int,
+    data_root: Path | None = None,
+    out: Path,
+    device: str = "cpu",
+    on_epoch: Callable[[Epoch], object] | None = None,
+) -> Path:
+    """Trains a run as `quadstep_bench.runner.training.run` does, and searches lines on the way.
+
+    Nothing is done if the file is there already, and it is written only when all is done.
+
+    Args:
+        config: The run, of a configuration of LQA.
+        steps: How many steps to search the lines of, spread evenly over the run.
+        data_root: The folder of the data sets, see `quadstep_bench.tasks.data.load`.
+        out: The folder of the files.
+        device: Where to train, in torch's words.
+        on_epoch: Called after each evaluation, the first before training.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: A name is unknown, a number out of range, or the data set or file unusable.
+        OSError: The file cannot be written.
+    """
+    check_task(config.task)
+    check_configuration(config.optimizer)
+    path = out / f"{config.folder}-{config.optimizer}-seed{config.seed}.jsonl"
+    if path.exists():
+        _check_same(path, config, steps)
+        return path
+    data = data_sets.load_for(config, data_root).to(device)
+    total = config.epochs * math.ceil(len(data.train_labels) / config.batch_size)
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be between 1 and {total}, all that the run has: got {steps}")
+    # The middles of as many equal parts of the run.
+    trial = _Searched(config, device, {total * (2 * i + 1) // (2 * steps) for i in range(steps)})
+    trial.evaluate(data)
+    while True:
+        record = trial.record()
+        if on_epoch is not None:
+            on_epoch(record.epochs[-1])
+        if record.status != "unfinished":
+            break
+        trial.train(data)
+    names = {"task": config.task, "optimizer": config.optimizer, "seed": config.seed}
+    lines = [
+        {"kind": "line", **names, "step": step, **asdict(found), "ratio": found.ratio}
+        for step, found in trial.found.items()
+        if found is not None
+    ]
+    end = {
+        "kind": "end",
+        "status": record.status,
+        "epoch": record.epochs[-1].epoch,
+        "unmoved": len(trial.found) - len(lines),
+        "undefined": sum(line["ratio"] is None for line in lines),
+    }
+    records.write_rows([record.header | {"steps": steps}, *lines, end], path)
+    return path
+
+
+class _Searched(Trial):
+    """A run that searches the lines of some of its steps.
+
+    Args:
+        config: The run.
+        device: Where to train.
+        chosen: The numbers of the steps, from 0 on.
+    """
+
+    def __init__(self, config: Config, device: str, chosen: Collection[int]) -> None:
+        super().__init__(config, device)
+        self.chosen = chosen
+        self.steps = 0
+        self.found: dict[int, Found | None] = {}
+
+    def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        if self.steps in self.chosen and isinstance(self.optimizer, LQA):
+            self.found[self.steps] = search(
+                self.model,
+                self.optimizer,
+                lambda model: self.loss(model(inputs), labels),
+            )
+        self.steps += 1
+        return super()._step(inputs, labels)
+
+
+def _check_same(path: Path, config: Config, steps: int) -> None:
+    """Raises a `RecordError` unless the file holds the lines of these very steps."""
+    header, *_ = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    try:
+        row = json.loads(header)
+        same = row["config"] == asdict(config) and row["steps"] == steps
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"{path}, line 1: {type(error).__name__}: {error}. Restore the file, or delete it to "
+            "measure it again"
+        ) from error
+    if not same:
+        raise RecordError(
+            f"{path} holds {row['steps']} steps of another run, {row['config']}: choose another "
+            "folder for the results with --out, or delete the file to measure it again"
+        )
