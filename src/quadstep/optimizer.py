@@ -9,11 +9,12 @@ safeguarded rate, update.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import sysconfig
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -349,6 +350,23 @@ class LQA(Optimizer):
         finally:
             gradients.mark_used(self._gradients())
         return self._finish(centre, decision, own, probes)
+
+    @torch.no_grad()
+    def preview(self, closure: Closure) -> Preview:
+        """Measures the line of the step that `step(closure)` would take, and moves nothing."""
+        params = self._parameters()
+        before = self._surroundings.capture(self._devices())
+        grads = [param.grad for param in params]
+        same = {id(param): param for param in params}
+        twin = _Still(copy.deepcopy(self.__getstate__(), dict(same)))
+        try:
+            with self._surroundings.discovering(before, self._devices):
+                twin.step(closure)
+        finally:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            before.restore()
+        return Preview(twin.stride, twin.line, closure, before)
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -912,6 +930,42 @@ class LQA(Optimizer):
         self._counts[decision.reason] += 1
         self._last = (loss, decision.reason, own + probes, backwards)
         return loss
+
+
+class Preview:
+    """The line of a step that has not been taken."""
+
+    def __init__(self, rate: float, line: Line, closure: Closure, before: Moment) -> None:
+        self.rate = rate
+        self._line = line
+        self._closure = closure
+        self._before = before
+
+    @torch.no_grad()
+    def losses(self, rates: Iterable[float]) -> list[float]:
+        """Evaluates the loss on the line."""
+
+        def evaluate() -> float:
+            self._before.restore()
+            return float(self._closure())
+
+        try:
+            return self._line.losses(evaluate, rates)
+        finally:
+            self._before.restore()
+
+
+class _Still(LQA):
+    """LQA in a given state that stays where it is, and keeps the line and rate of its step."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.__setstate__(state)
+        self.line = Line([])
+        self.stride = 0.0
+
+    def _move(self, line: Line, decision: Decision) -> None:
+        line.restore()
+        self.line, self.stride = line, decision.step
 
 
 _PICKLED = frozenset(
