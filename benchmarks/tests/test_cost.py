@@ -28,7 +28,7 @@ def test_each_model_can_be_trained_on_its_batches(name):
 
 
 def test_cost(tmp_path, console, monkeypatch):
-    monkeypatch.setitem(cost.WORKLOADS, "digits", partial(cost._images, "mlp-digits"))
+    monkeypatch.setitem(cost.WORKLOADS, "digits", partial(cost.images, "mlp-digits"))
     names = ["logistic", "digits"]
     path = cost.measure(tmp_path / "bench", console, names=names, rounds=2)
     measured = json.loads(path.read_text())
@@ -79,7 +79,7 @@ def test_a_table_shows_what_was_measured(tmp_path, console):
 def test_all_turns_end_where_the_first_ended():
     model, batches = cost.WORKLOADS["logistic"]()
     for name in cost.BUILDERS:
-        subject = cost._Subject(name, model, batches)
+        subject = cost.Subject(name, model, batches)
         ends = []
         for _ in range(2):
             subject.turn()

@@ -32,7 +32,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quadstep import LQA, Reason
-from quadstep.line import Block, Line
 from quadstep_bench.curves import Array
 from quadstep_bench.optimizers import BASES, CONFIGURATIONS, builders
 from quadstep_bench.runner import training
@@ -53,24 +52,26 @@ Batch = tuple[Tensor, Tensor]
 Row = dict[str, Any]
 
 
-def _images(task: str) -> tuple[nn.Module, list[Batch]]:
+def images(task: str) -> tuple[nn.Module, list[Batch]]:
+    """Builds the model of a task, and batches of random images."""
     shape = SHAPES[TASKS[task].data]
     return models.build(task), [
         (torch.rand(BATCH, *shape), torch.randint(CLASSES, (BATCH,))) for _ in range(BLOCK)
     ]
 
 
-def _text() -> tuple[nn.Module, list[Batch]]:
+def text() -> tuple[nn.Module, list[Batch]]:
+    """Builds a transformer, and batches of random characters."""
     characters = partial(torch.randint, models.CHARACTERS, (BATCH, models.CONTEXT))
     return models.transformer(), [(characters(), characters()) for _ in range(BLOCK)]
 
 
 WORKLOADS: dict[str, Callable[[], tuple[nn.Module, list[Batch]]]] = {
-    "logistic": partial(_images, "logistic-mnist"),
-    "mlp": partial(_images, "mlp-mnist"),
-    "lenet": partial(_images, "lenet-mnist"),
-    "resnet18": partial(_images, "resnet18-cifar10"),
-    "transformer": _text,
+    "logistic": partial(images, "logistic-mnist"),
+    "mlp": partial(images, "mlp-mnist"),
+    "lenet": partial(images, "lenet-mnist"),
+    "resnet18": partial(images, "resnet18-cifar10"),
+    "transformer": text,
 }
 """Models, and the batches of a turn."""
 
@@ -152,7 +153,7 @@ def measure(
             "forward": partial(_time_forward, model, batches)
         }
         for optimizer in BUILDERS:
-            subjects[optimizer] = _Subject(optimizer, model, batches).turn
+            subjects[optimizer] = Subject(optimizer, model, batches).turn
         seconds = _take_turns(subjects, rounds, f"time on {name}", console)
         rows += [{"model": name} | _cost(optimizer, base, seconds) for optimizer, base in PAIRS]
         memory += [
@@ -167,7 +168,7 @@ def measure(
     return path
 
 
-class _Subject:
+class Subject:
     """An optimizer with a model of its own, which takes the same steps at each turn.
 
     They start from where it has settled down: no turn does other work than the one before.
@@ -311,19 +312,33 @@ RATE = 1e-3
 TRIPS = (1, 100, 10_000)
 
 
-class _Subtraction(Line):
-    """Moves by differences, back to the start too: that needs no snapshot, and rounds."""
+class Snapshot:
+    """Moves from a copy of the start, and returns to it bit for bit, as the library does."""
 
-    def __init__(self, blocks: list[Block]) -> None:
-        super().__init__(blocks, start=[])
+    def __init__(self, params: list[Tensor], direction: list[Tensor]) -> None:
+        self.params, self.direction = params, direction
+        self._start = [param.clone() for param in params]
+
+    def move(self, rate: float) -> None:
+        """Takes the parameters to a rate."""
+        self.restore()
+        torch._foreach_add_(self.params, self.direction, alpha=-rate)
+
+    def restore(self) -> None:
+        """Returns the parameters to rate zero."""
+        torch._foreach_copy_(self.params, self._start)
+
+
+class Subtraction:
+    """Moves by differences, back to the start too: that needs no copy, and rounds."""
+
+    def __init__(self, params: list[Tensor], direction: list[Tensor]) -> None:
+        self.params, self.direction = params, direction
         self._rate = 0.0
 
     def move(self, rate: float) -> None:
-        """Takes the parameters from one rate straight to another."""
-        for block in self.blocks:
-            torch._foreach_add_(
-                block.params, block.direction, alpha=(self._rate - rate) / block.unit
-            )
+        """Takes the parameters straight from one rate to another."""
+        torch._foreach_add_(self.params, self.direction, alpha=self._rate - rate)
         self._rate = rate
 
     def restore(self) -> None:
@@ -331,10 +346,9 @@ class _Subtraction(Line):
         self.move(0.0)
 
 
-METHODS: dict[str, Callable[[list[Block]], Line]] = {
-    "snapshot": Line,
-    "subtraction": _Subtraction,
-}
+Method = Callable[[list[Tensor], list[Tensor]], Snapshot | Subtraction]
+
+METHODS: dict[str, Method] = {"snapshot": Snapshot, "subtraction": Subtraction}
 
 
 def measure_restore(out: Path, console: Console, *, rounds: int) -> Path:
@@ -372,39 +386,43 @@ def _returns(name: str, dtype: torch.dtype, rounds: int, console: Console) -> li
     torch.manual_seed(0)
     model, _ = WORKLOADS[name]()
     params = [param.detach().to(dtype) for param in model.parameters()]
-    block = Block(params, params, [torch.randn_like(param) for param in params], unit=1.0)
-    turns = {method: partial(_time_probes, METHODS[method], block) for method in METHODS}
+    direction = [torch.randn_like(param) for param in params]
+    turns = {
+        method: partial(_time_probes, METHODS[method], params, direction) for method in METHODS
+    }
     seconds = _take_turns(turns, rounds, f"time on {name}", console)
     return [
         {"method": method}
         | _compare(seconds[method], seconds["subtraction"])
         | {"probes_ms": _milliseconds(seconds[method])}
-        | {"memory": _peak(METHODS[method], block) / _size(params)}
+        | {"memory": _peak(METHODS[method], params, direction) / _size(params)}
         | _drift(METHODS[method], params)
         for method in METHODS
     ]
 
 
-def _probe(line: Line, rate: float = RATE) -> None:
-    """Goes both ways and returns; a tensor that is there already stands for the losses."""
-    line.losses(lambda: line.blocks[0].params[0], (rate, -rate))
+def _probe(line: Snapshot | Subtraction, rate: float = RATE) -> None:
+    """Goes both ways and returns, without evaluating any loss."""
+    line.move(rate)
+    line.move(-rate)
+    line.restore()
 
 
-def _time_probes(method: Callable[[list[Block]], Line], block: Block) -> float:
+def _time_probes(method: Method, params: list[Tensor], direction: list[Tensor]) -> float:
     def probe() -> None:
         for _ in range(BLOCK):
-            _probe(method([block]))
+            _probe(method(params, direction))
 
-    return _time(probe, block.params[0].device)
+    return _time(probe, params[0].device)
 
 
-def _peak(method: Callable[[list[Block]], Line], block: Block) -> int:
+def _peak(method: Method, params: list[Tensor], direction: list[Tensor]) -> int:
     with _Storages() as storages:
-        _probe(method([block]))
+        _probe(method(params, direction))
     return storages.peak
 
 
-def _drift(method: Callable[[list[Block]], Line], params: list[Tensor]) -> Row:
+def _drift(method: Method, params: list[Tensor]) -> Row:
     """Measures how far the parameters are from where they were, after many round trips."""
     start = [param.clone() for param in params]
     size = max(param.numel() for param in params)
@@ -418,8 +436,7 @@ def _drift(method: Callable[[list[Block]], Line], params: list[Tensor]) -> Row:
             noise[offset : offset + param.numel()].view_as(param)
             for offset, param in zip(offsets, params, strict=True)
         ]
-        line = method([Block(params, params, direction, unit=1.0)])
-        _probe(line, RATE * dice.uniform(0.5, 1.5))
+        _probe(method(params, direction), RATE * dice.uniform(0.5, 1.5))
         if trip in TRIPS:
             drift[f"drift_{trip}"] = max(
                 float((param - origin).abs().max() / origin.abs().max())

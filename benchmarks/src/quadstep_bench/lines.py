@@ -1,7 +1,7 @@
 """Lines: how much of the greatest possible reduction of the loss the rate of a step gives.
 
-At some steps of a run the line of the step is frozen on a copy of the model and searched finely:
-the same batch, the same random numbers, the direction that the optimizer steps along. One file of
+Before some steps of a run the line of the step is previewed and searched finely: the same batch,
+the same random numbers, the direction that the optimizer steps along. One file of
 JSON lines a run: a header as in the records, one line a step searched, and the outcome.
 """
 
@@ -9,21 +9,17 @@ JSON lines a run: a header as in the records, one line a step searched, and the 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false
 
-import copy
 import json
 import math
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
+import numpy as np
 from scipy.optimize import minimize_scalar
-from torch import Tensor, nn
+from torch import Tensor
 
 from quadstep import LQA
-from quadstep.line import Line, Surroundings
-from quadstep.parabola import Decision
 from quadstep_bench.optimizers import check_configuration
 from quadstep_bench.runner import records
 from quadstep_bench.runner.records import Config, Epoch, RecordError
@@ -37,6 +33,9 @@ either side."""
 
 PRECISION = 1e-4
 """How closely the best rate is then approached, relative to its neighbour on the grid."""
+
+HUGE = float(np.finfo(np.float32).max)
+"""What a loss that overflows counts as."""
 
 
 @dataclass(frozen=True)
@@ -61,65 +60,35 @@ class Found:
         return self.reduction / self.greatest if self.greatest > 0.0 else None
 
 
-def search(model: nn.Module, optimizer: LQA, loss: Callable[[nn.Module], Tensor]) -> Found | None:
-    """Searches the line of the step that the optimizer is about to take.
-
-    All of it happens on copies, and the random generators return to where they stood.
+def search(optimizer: LQA, closure: Callable[[], Tensor]) -> Found | None:
+    """Searches the line of the step that the optimizer is about to take, and moves nothing.
 
     Args:
-        model: The model, in its state before the step.
-        optimizer: The optimizer of its parameters.
-        loss: The loss of a model on the batch of the step.
+        optimizer: The optimizer, in its state before the step.
+        closure: Evaluates the loss on the batch of the step.
 
     Returns:
         What was found; `None` if the step has no positive rate.
     """
-    twin, state = copy.deepcopy((model, optimizer.__getstate__()))
-    still = _Still(state)
-    surroundings = Surroundings()
-    before = surroundings.capture({param.device for param in model.parameters()})
-
-    def evaluate() -> Tensor:
-        before.restore()
-        return loss(twin)
-
-    try:
-        with surroundings.discovering(before):
-            still.step(lambda: loss(twin))
-        with torch.no_grad():
-            return _search(still.line, evaluate, still.stride) if still.stride > 0.0 else None
-    finally:
-        before.restore()
-
-
-class _Still(LQA):
-    """LQA in a given state that stays where it is, and keeps the line and rate of its step."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.__setstate__(state)
-        self.line = Line([])
-        self.stride = 0.0
-
-    def _move(self, line: Line, decision: Decision) -> None:
-        self.line, self.stride = line, decision.step
-
-
-def _search(line: Line, evaluate: Callable[[], Tensor], rate: float) -> Found:
+    preview = optimizer.preview(closure)
+    rate = preview.rate
+    if not rate > 0.0:
+        return None
     losses: dict[float, float] = {}
 
-    def look(*rates: float) -> float:
+    def evaluate(*rates: float) -> float:
         """Evaluates at rates and returns the last loss; one that overflows counts as huge."""
-        found = torch.stack(line.losses(evaluate, rates))
-        huge = torch.finfo(found.dtype).max
-        found = found.nan_to_num(nan=huge, posinf=huge, neginf=huge)
-        losses.update(zip(rates, map(float, found.cpu()), strict=True))
+        found = np.nan_to_num(preview.losses(rates), nan=HUGE, posinf=HUGE, neginf=-HUGE)
+        losses.update(zip(rates, found.tolist(), strict=True))
         return losses[rates[-1]]
 
     rates = [rate * factor for factor in GRID]
-    look(*rates)
+    evaluate(*rates)
     best = min(range(len(rates)), key=lambda index: losses[rates[index]])
     low, high = rates[max(best - 1, 0)], rates[min(best + 1, len(rates) - 1)]
-    minimize_scalar(look, bounds=(low, high), method="bounded", options={"xatol": PRECISION * high})
+    minimize_scalar(
+        evaluate, bounds=(low, high), method="bounded", options={"xatol": PRECISION * high}
+    )
     best_rate = float(min(losses, key=losses.__getitem__))
     return Found(rate, best_rate, losses[0.0] - losses[rate], losses[0.0] - losses[best_rate])
 
@@ -207,9 +176,7 @@ class _Searched(Trial):
     def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
         if self.steps in self.chosen and isinstance(self.optimizer, LQA):
             self.found[self.steps] = search(
-                self.model,
-                self.optimizer,
-                lambda model: self.loss(model(inputs), labels),
+                self.optimizer, lambda: self.loss(self._outputs(inputs), labels)
             )
         self.steps += 1
         return super()._step(inputs, labels)

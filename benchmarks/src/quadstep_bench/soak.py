@@ -47,7 +47,7 @@ class _Interrupt(KeyboardInterrupt):
     """An interrupt that nobody typed."""
 
 
-class _Job:
+class Job:
     """A perceptron with batch normalisation and dropout on the digits."""
 
     def __init__(self, name: str, seed: int) -> None:
@@ -137,10 +137,8 @@ def soak(
             def advance() -> None:
                 progress.advance(bar)
 
-            clean = [
-                _train(_Job(name, seed), steps, None, advance)["loss"] for seed in range(seeds)
-            ]
-            row = _train(_Job(name, seed=0), steps, random.Random(0), advance)
+            clean = [_train(Job(name, seed), steps, None, advance)["loss"] for seed in range(seeds)]
+            row = _train(Job(name, seed=0), steps, random.Random(0), advance)
             rows.append({"optimizer": name, "steps": steps} | row | {"fault_free": clean})
     console.print(_table(rows))
     path = out / "soak.json"
@@ -148,14 +146,14 @@ def soak(
     return path
 
 
-def _train(job: _Job, steps: int, dice: random.Random | None, advance: Callable[[], None]) -> Row:
+def _train(job: Job, steps: int, dice: random.Random | None, advance: Callable[[], None]) -> Row:
     faults: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     traces = 0
     memory: list[float] = []
     for step in range(steps):
         if dice is not None and dice.random() < ODDS:
             kind = dice.choice(KINDS)
-            survived = _survive(job, kind, call=dice.choice((1, 2, 3)))
+            survived = survive(job, kind, call=dice.choice((1, 2, 3)))
             faults[kind] += survived is not None
             traces += survived is False
         else:
@@ -166,7 +164,7 @@ def _train(job: _Job, steps: int, dice: random.Random | None, advance: Callable[
     return {"faults": dict(faults), "traces": traces, "memory": memory, "loss": job.loss()}
 
 
-def _survive(job: _Job, kind: str, call: int) -> bool | None:
+def survive(job: Job, kind: str, call: int) -> bool | None:
     """Takes a step in which something goes wrong in one of the calls of the closure.
 
     Returns:

@@ -19,7 +19,6 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from quadstep import LQA
-from quadstep.line import at_hand
 from quadstep_bench.optimizers import builders, check_optimizer
 from quadstep_bench.optimizers.peers import Loss, Peer
 from quadstep_bench.runner import records
@@ -234,7 +233,7 @@ class Trial:
         name = TASKS[self.config.task].loss
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.float64, device=self.device)
-        size = EVALUATION_BATCH if at_hand(inputs) else ACCELERATOR_BATCH
+        size = EVALUATION_BATCH if inputs.is_cpu else ACCELERATOR_BATCH
         for some, truth in batches(inputs, labels, size):
             output = self._outputs(some)
             loss += LOSSES[name](output, truth, reduction="sum")
