@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from quadstep_bench.report import table
+from quadstep_bench.markdown import read_table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -23,11 +23,14 @@ def test_the_examples_run_as_printed(capsys):
 
 def test_the_suite_is_shown_as_it_was_recorded():
     report = (ROOT / "results" / "SUITE.md").read_text()
-    training, held_out = table(report, "## Training loss"), table(report, "## Held-out loss")
-    assert table(README.read_text(), "## The suite") == {
+    training, held_out = (
+        read_table(report, "## Training loss"),
+        read_table(report, "## Held-out loss"),
+    )
+    assert read_table(README.read_text(), "## The suite") == {
         task: [*training[task][:4], held_out[task][3], held_out[task][-1]] for task in training
     }
-    every = table(report, "## One setting for all tasks")
-    shown = table(README.read_text(), "### One setting for all tasks")
+    every = read_table(report, "## One setting for all tasks")
+    shown = read_table(README.read_text(), "### One setting for all tasks")
     assert shown == {setting: every[setting][:3] for setting in shown}
     assert [*shown][:2] == [*every][:2]

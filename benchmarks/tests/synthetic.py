@@ -2,12 +2,31 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from quadstep_bench.optimizers import COMPETITORS, CONFIGURATIONS
-from quadstep_bench.runner.records import Config, Epoch, Outcome, Record
+from quadstep_bench.runner.records import Collection, Config, Epoch, Outcome, Record, Results
 from quadstep_bench.tasks import TASKS
 
+ENVIRONMENT = {
+    "revision": None,
+    "dirty": False,
+    "sources": "0123456789ab",
+    "versions": {"python": "3.11.7"},
+    "machine": {"processor": "made up", "cores": 2, "threads": 1, "device": "cpu"},
+}
+
 Shape = Callable[[str, int], float]
+
+
+def results_in(root: Path) -> Results:
+    """Results and runs in a folder of a test."""
+    return Results(root / "results", root / "runs")
+
+
+def collection_in(root: Path, name: str = "records") -> Collection:
+    """A collection of such results."""
+    return results_in(root).collection(name)
 
 
 def record(
@@ -37,8 +56,7 @@ def record(
         )
         for epoch, loss in enumerate(losses)
     )
-    header = {"kind": "header", "format": 1, "revision": None, "dirty": False}
-    return Record(config, header, rows, status or "unfinished")
+    return Record(config, rows, status or "unfinished", ENVIRONMENT)
 
 
 def grid(

@@ -2,11 +2,12 @@ import json
 import math
 
 import pytest
-from synthetic import grid, record
+from synthetic import grid, record, results_in
 
 from quadstep_bench.optimizers import CONFIGURATIONS
 from quadstep_bench.paper import claims
 from quadstep_bench.paper.rules import Evidence
+from quadstep_bench.runner.files import write_json, write_rows, write_text
 
 
 def verdict(claim: str, records, configuration="lqa", **measurements) -> str:
@@ -272,20 +273,14 @@ def test_reduction_along_the_line():
 
 
 def test_pages(tmp_path):
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "cost.json").write_text(
-        json.dumps(
-            {"rows": [{"model": "mlp", "optimizer": "lqa-auto", "base": "adamw", "ratio": 1.08}]}
-        )
-    )
-    (tmp_path / "lines").mkdir()
-    (tmp_path / "lines" / "mlp.jsonl").write_text(
-        '{"kind": "header"}\n'
-        '{"kind": "line", "task": "mlp-mnist", "optimizer": "lqa", "seed": 0, "step": 1, '
-        '"ratio": 0.97}\n'
-    )
-    records = list(figure(1, lambda epoch: 0.1 if epoch < 15 else math.inf, epochs=50, seeds=2))
-    evidence = claims.gather_evidence(records, tmp_path)
+    results = results_in(tmp_path)
+    costs = [{"model": "mlp", "optimizer": "lqa-auto", "base": "adamw", "ratio": 1.08}]
+    write_json({"rows": costs}, results.root / "bench" / "cost.json")
+    lines = {"task": "mlp-mnist", "optimizer": "lqa", "reduction": [0.97], "greatest": [1.0]}
+    write_rows([lines], results.root / "lines.jsonl")
+    for run in figure(1, lambda epoch: 0.1 if epoch < 15 else math.inf, epochs=50, seeds=2):
+        results.collection("records").add(run)
+    evidence = claims.gather_evidence(results)
     page, data = claims.write(evidence, claims.measure(evidence), tmp_path)
     rows = json.loads(data.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert [row["id"] for row in rows] == [claim.id for claim in claims.CLAIMS]
@@ -310,11 +305,15 @@ def test_pages(tmp_path):
         assert f"- {claim.id}: {claim.rule.words}" in text
 
 
-def test_a_broken_measurement_is_named(tmp_path):
-    (tmp_path / "lines").mkdir()
-    (tmp_path / "lines" / "mlp.jsonl").write_text("{")
-    with pytest.raises(ValueError, match=r"mlp\.jsonl.*Restore the file"):
-        claims.gather_evidence([], tmp_path)
+def test_a_damaged_measurement_is_named(tmp_path):
+    results = results_in(tmp_path)
+    write_text("{", results.root / "bench" / "cost.json")
+    with pytest.raises(ValueError, match=r"cost\.json.*Restore the file"):
+        claims.gather_evidence(results)
+    write_text("{", results.root / "lines.jsonl")
+    (results.root / "bench" / "cost.json").unlink()
+    with pytest.raises(ValueError, match=r"lines\.jsonl, line 1: .*Restore the file"):
+        claims.gather_evidence(results)
 
 
 def test_rules_are_sentences():

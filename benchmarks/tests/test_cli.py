@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic import grid
+from synthetic import collection_in, grid
 
 import quadstep_bench
 from quadstep_bench import cli
 from quadstep_bench.optimizers import settings
-from quadstep_bench.paper.claims import gather_evidence
-from quadstep_bench.runner import records
+from quadstep_bench.runner import environment
+from quadstep_bench.runner.files import read_rows
+from quadstep_bench.runner.records import Results
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def run(capsys):
 @pytest.fixture
 def results(tmp_path) -> Path:
     for record in grid(1, lambda optimizer, epoch: 2.0 / (1 + epoch), epochs=2):
-        records.write(record, tmp_path / "records")
-    return tmp_path
+        collection_in(tmp_path).add(record)
+    return tmp_path / "results"
 
 
 @pytest.mark.parametrize(
@@ -45,8 +46,7 @@ def results(tmp_path) -> Path:
         "restore",
         "suite",
         "soak",
-        "figures",
-        "claims",
+        "report",
     ],
 )
 def test_help(run, command):
@@ -89,9 +89,8 @@ def test_help(run, command):
         (["suite", "--optimizers", "lqa-paper"], "unknown optimizer 'lqa-paper': choose"),
         (["suite", "--seeds", "0"], "--seeds"),
         (["suite", "--device", "abacus"], "--device: abacus: "),
-        (["figures", "--records", "nowhere"], "--records: there are no records in nowhere: "),
-        (["claims", "--records", "nowhere"], "--records: there are no records in nowhere: "),
-        (["claims", "--recrods", "nowhere"], "--recrods"),
+        (["report", "--results", "nowhere"], "--results: there are no records in nowhere: "),
+        (["report", "--reslts", "nowhere"], "--reslts"),
         (["repoduce"], "repoduce"),
     ],
 )
@@ -105,22 +104,20 @@ def test_what_cannot_be_done_is_one_line_that_names_the_option(
     assert errors.count("\n") == 1
 
 
-def test_a_broken_record_is_named(run, results):
-    broken = results / "records" / "logistic-mnist" / "lqa-seed0.jsonl"
-    broken.write_text("{}\n")
-    for command in ("figures", "claims"):
-        status, _, errors = run(command, "--records", results / "records", "--out", results)
-        assert status == 2
-        assert str(broken) in errors
-        assert errors.count("\n") == 1
+def test_a_damaged_record_is_named(run, results):
+    damaged = results / "records" / "logistic-mnist.jsonl"
+    damaged.write_text("{}\n")
+    status, _, errors = run("report", "--results", results)
+    assert status == 2
+    assert str(damaged) in errors
+    assert errors.count("\n") == 1
 
 
-def test_a_folder_that_cannot_be_written(run, results):
-    (results / "file").touch()
-    out = results / "file" / "out"
-    status, _, errors = run("claims", "--records", results / "records", "--out", out)
+def test_a_folder_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").touch()
+    status, _, errors = run("restore", "--rounds", "1", "--out", tmp_path / "file" / "out")
     assert status == 1
-    assert str(results / "file") in errors
+    assert str(tmp_path / "file") in errors
     assert errors.count("\n") == 1
 
 
@@ -129,21 +126,21 @@ def test_reproduce_asks_for_the_runs(run, monkeypatch, tmp_path):
 
     asked = {}
 
-    def execute(wanted, **options):
-        asked.update(options, wanted=list(wanted))
+    def execute(wanted, collection, **options):
+        asked.update(options, wanted=list(wanted), collection=collection)
         return 0
 
     monkeypatch.setattr(parallel, "execute", execute)
     command = ["reproduce", "--figure", "all", "--data", "data", "--epochs", "3", "--seeds", "2"]
     command += ["--subset", "500", "--optimizers", "sgd-0.1, lqa", "--workers", "2"]
-    command += ["--precision", "bfloat16"]
+    command += ["--precision", "bfloat16", "--collection", "pilot", "--runs", tmp_path / "runs"]
     status, _, _ = run(*command, "--out", tmp_path)
     assert status == 0
     assert len(asked["wanted"]) == 5 * 2 * 2
     assert {(config.epochs, config.subset) for config in asked["wanted"]} == {(3, 500)}
     assert {config.optimizer for config in asked["wanted"]} == {"sgd-0.1", "lqa"}
     assert {config.precision for config in asked["wanted"]} == {"bfloat16"}
-    assert asked["out"] == tmp_path / "records"
+    assert asked["collection"] == Results(tmp_path, tmp_path / "runs").collection("pilot")
     assert asked["data_root"] == Path("data")
     assert asked["workers"] == 2
 
@@ -155,7 +152,7 @@ def test_reproduce_asks_for_the_runs(run, monkeypatch, tmp_path):
 def test_reproduce_that_does_not_get_through(run, monkeypatch, outcome, status, message):
     from quadstep_bench.runner import parallel
 
-    def execute(wanted, **options):
+    def execute(wanted, collection, **options):
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -168,13 +165,12 @@ def test_reproduce_that_does_not_get_through(run, monkeypatch, outcome, status, 
 
 def test_lines(run, tmp_path):
     command = ["lines", "--task", "mlp-digits", "--subset", "100", "--epochs", "1", "--steps", "2"]
-    status, output, _ = run(*command, "--optimizers", "lqa, lqa-auto", "--out", tmp_path)
+    command += ["--out", tmp_path, "--runs", tmp_path / "runs"]
+    status, output, _ = run(*command, "--optimizers", "lqa, lqa-auto")
     assert status == 0
-    assert [Path(line) for line in output.splitlines()] == [
-        tmp_path / "lines" / f"mlp-digits-subset100-{name}-seed0.jsonl"
-        for name in ("lqa", "lqa-auto")
-    ]
-    assert len(gather_evidence([], tmp_path).lines) == 4
+    assert output.splitlines() == [str(tmp_path / "lines.jsonl")]
+    rows = read_rows(tmp_path / "lines.jsonl")
+    assert [(row["optimizer"], len(row["step"])) for row in rows] == [("lqa", 2), ("lqa-auto", 2)]
 
 
 def test_bench(run, monkeypatch, tmp_path):
@@ -182,25 +178,31 @@ def test_bench(run, monkeypatch, tmp_path):
 
     monkeypatch.setattr(cost, "TRIPS", (1,))
     monkeypatch.setattr(soak, "SAMPLES", 1)
-    out = tmp_path / "bench"
-    for command in ("cost --models logistic --rounds 1", "restore --rounds 1", "soak --steps 20"):
-        status, output, _ = run(*command.split(), "--out", out)
+    out = ["--out", tmp_path, "--runs", tmp_path / "runs"]
+    command = ["cost", "--models", "logistic", "--rounds", "1"]
+    for label, name in (("", "cost"), ("cuda", "cost-cuda")):
+        status, output, _ = run(*command, "--label", label, *out)
         assert status == 0
-        assert output.splitlines()[-1] == str(out / f"{command.split()[0]}.json")
-    assert {row["model"] for row in gather_evidence([], tmp_path).costs} == {"logistic"}
+        assert output.splitlines()[-1] == str(tmp_path / "bench" / f"{name}.json")
+    for command in (["restore", "--rounds", "1"], ["soak", "--steps", "20"]):
+        status, output, _ = run(*command, *out)
+        assert status == 0
+        assert output.splitlines()[-1] == str(tmp_path / "bench" / f"{command[0]}.json")
 
 
-def test_bench_suite(run, monkeypatch, tmp_path):
+def test_suite(run, monkeypatch, tmp_path):
     from quadstep_bench.runner import parallel, training
 
-    def execute(wanted, *, out, **options):
+    def execute(wanted, collection, **options):
         for config in wanted:
-            training.run(config, out=out)
+            training.run(config, collection)
         return 0
 
     monkeypatch.setattr(parallel, "execute", execute)
-    command = ["suite", "--tasks", "mlp-digits", "--out", tmp_path]
-    status, output, _ = run(*command, "--optimizers", "lqa-auto, adamw-0.003")
+    command = ["suite", "--tasks", "mlp-digits", "--out", tmp_path, "--runs", tmp_path / "runs"]
+    status, _, _ = run(*command, "--optimizers", "lqa-auto, adamw-0.003")
+    assert status == 0
+    status, output, _ = run("report", "--results", tmp_path)
     assert status == 0
     names = ("SUITE.md", "suite.json", "figures/suite.png", "figures/suite.svg")
     assert output.split()[-4:] == [str(tmp_path / name) for name in names]
@@ -208,32 +210,38 @@ def test_bench_suite(run, monkeypatch, tmp_path):
 
 
 def test_a_peer_that_is_not_installed_stops_the_suite_at_once(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(records, "_version", lambda package: None)
+    monkeypatch.setattr(environment, "version", lambda package: None)
     status, _, errors = run("suite", "--out", tmp_path)
     assert status == 2
     assert 'run pip install "quadstep-bench[peers]", or leave out cocob, dadapt-adam, ' in errors
     assert errors.count("\n") == 1
 
 
-def test_claims(run, results):
-    status, output, _ = run("claims", "--records", results / "records", "--out", results)
+def test_report(run, results):
+    status, output, _ = run("report", "--results", results)
     assert status == 0
     assert "not run" in output
-    assert (results / "CLAIMS.md").exists()
-    assert (results / "claims.json").exists()
+    assert {path.name for path in results.iterdir()} == {
+        *("CLAIMS.md", "SUITE.md", "claims.json", "suite.json"),
+        *("environments.json", "figures", "records"),
+    }
+    assert run("report", "--results", results, "--check")[0] == 0
+    page = results / "CLAIMS.md"
+    page.write_text(page.read_text().replace("**holds**", "**fails**", 1))
+    status, _, errors = run("report", "--results", results, "--check")
+    assert status == 1
+    assert errors == f"out of date, run quadstep-bench report: {page}\n"
 
 
-def test_figures_and_claims_do_without_torch(results):
+def test_the_report_does_without_torch(results):
     code = (
         "import sys; from quadstep_bench.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as ended: sys.exit(ended.code or 'torch' in sys.modules)"
     )
-    for command in ("figures", "claims"):
-        arguments = [command, "--records", results / "records", "--out", results / "out"]
-        done = subprocess.run([sys.executable, "-c", code, *arguments], check=False)
-        assert done.returncode == 0
-    assert (results / "out" / "figure-1.png").exists()
+    done = subprocess.run([sys.executable, "-c", code, "report", "--results", results], check=False)
+    assert done.returncode == 0
+    assert (results / "figures" / "figure-1.png").exists()
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])
@@ -247,10 +255,11 @@ def test_without_the_extra_the_command_says_what_to_install(missing):
 
 def test_a_library_of_the_extra_that_is_missing_is_named(run, results, monkeypatch):
     # As if nothing had imported it yet.
-    monkeypatch.delitem(sys.modules, "quadstep_bench.figures", raising=False)
-    monkeypatch.delattr(quadstep_bench, "figures", raising=False)
+    for name in ("report", "figures"):
+        monkeypatch.delitem(sys.modules, f"quadstep_bench.{name}", raising=False)
+        monkeypatch.delattr(quadstep_bench, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, _, errors = run("figures", "--records", results / "records", "--out", results)
+    status, _, errors = run("report", "--results", results)
     assert status == 1
     assert errors == "matplotlib is not installed: run pip install quadstep-bench\n"
 
@@ -270,6 +279,5 @@ def test_demo(run, monkeypatch, tmp_path):
     assert status == 0
     assert output.index("lqa-auto") < output.index("SGD 0.001")
     assert (tmp_path / "demo.png").exists()
-    assert {record.config.optimizer for record in records.read_all(tmp_path / "records")} == set(
-        shown
-    )
+    records = Results(tmp_path, tmp_path / "runs").collection("records").read_all()
+    assert {record.config.optimizer for record in records} == set(shown)

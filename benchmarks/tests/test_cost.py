@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 from rich.console import Console
+from synthetic import results_in
 from torch.nn import functional
 
 from quadstep_bench import cost
@@ -30,10 +31,10 @@ def test_each_model_can_be_trained_on_its_batches(name):
 def test_cost(tmp_path, console, monkeypatch):
     monkeypatch.setitem(cost.WORKLOADS, "digits", partial(cost.images, "mlp-digits"))
     names = ["logistic", "digits"]
-    path = cost.measure(tmp_path / "bench", console, names=names, rounds=2)
+    path = cost.measure(results_in(tmp_path), console, names=names, rounds=2)
     measured = json.loads(path.read_text())
-    assert {"machine", "versions", "revision", "dirty", "batch_size"} < measured.keys()
-    assert measured["machine"]["device"] == "cpu"
+    here = results_in(tmp_path).environments()[measured["environment"]]
+    assert here["machine"]["device"] == "cpu"
     rows = measured["rows"]
     assert [(row["model"], row["optimizer"], row["base"]) for row in rows] == [
         (name, *pair) for name in names for pair in cost.PAIRS
@@ -49,12 +50,12 @@ def test_cost(tmp_path, console, monkeypatch):
         for optimizer, probes in (("lqa", 11.0), ("lqa-paper", 20.0)):
             assert floors[name, optimizer, "sgd"] - 1.0 == pytest.approx(probes * (auto - 1.0))
     (cheap,) = [claim for claim in CLAIMS if claim.id == "m1"]
-    evidence = gather_evidence([], tmp_path)
+    evidence = gather_evidence(results_in(tmp_path))
     assert {cheap.decide(evidence, configuration).n for configuration in BASES} == {2}
 
 
 def test_memory(tmp_path, console):
-    path = cost.measure(tmp_path, console, names=["logistic"], rounds=1)
+    path = cost.measure(results_in(tmp_path), console, names=["logistic"], rounds=1)
     memory = json.loads(path.read_text())["memory"]
     assert {(row["model"], row["optimizer"], row["step"]) for row in memory} == {
         ("logistic", "adamw", "plain"),
@@ -69,7 +70,7 @@ def test_memory(tmp_path, console):
 
 
 def test_a_table_shows_what_was_measured(tmp_path, console):
-    path = cost.measure(tmp_path, console, names=["logistic"], rounds=1)
+    path = cost.measure(results_in(tmp_path), console, names=["logistic"], rounds=1)
     console.file.flush()
     output = (tmp_path / "output").read_text()
     for row in json.loads(path.read_text())["rows"]:
@@ -89,27 +90,27 @@ def test_all_turns_end_where_the_first_ended():
 
 def test_patience_ends_the_rounds(tmp_path, console, monkeypatch):
     monkeypatch.setattr(cost, "PATIENCE", 0.0)
-    path = cost.measure(tmp_path, console, names=["logistic"], rounds=9)
+    path = cost.measure(results_in(tmp_path), console, names=["logistic"], rounds=9)
     assert {row["rounds"] for row in json.loads(path.read_text())["rows"]} == {cost.LEAST}
 
 
 def test_an_unknown_model_is_refused_before_anything_is_measured(tmp_path, console):
     with pytest.raises(ValueError, match="unknown model 'mpl': choose from logistic, mlp, lenet"):
-        cost.measure(tmp_path, console, names=["resnet18", "mpl"], rounds=1)
+        cost.measure(results_in(tmp_path), console, names=["resnet18", "mpl"], rounds=1)
 
 
 def test_an_optimizer_that_does_not_settle_down_is_refused(tmp_path, console, monkeypatch):
     monkeypatch.setattr(cost, "SETTLING", 2)
     monkeypatch.setitem(cost.PROBES, "lqa", 0.2)
     with pytest.raises(ValueError, match="lqa did not settle down within 20 steps"):
-        cost.measure(tmp_path, console, names=["logistic"], rounds=1)
+        cost.measure(results_in(tmp_path), console, names=["logistic"], rounds=1)
 
 
 def test_restore(tmp_path, console, monkeypatch):
     monkeypatch.setattr(cost, "TRIPS", (1, 10))
-    path = cost.measure_restore(tmp_path / "bench", console, rounds=1)
+    path = cost.measure_restore(results_in(tmp_path), console, rounds=1)
     measured = json.loads(path.read_text())
-    assert {"machine", "versions", "revision"} < measured.keys()
+    assert measured["environment"] in results_in(tmp_path).environments()
     rows = measured["rows"]
     assert [(row["model"], row["dtype"], row["method"]) for row in rows] == [
         (name, dtype, method)

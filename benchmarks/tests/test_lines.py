@@ -1,7 +1,6 @@
 """Lines: what the search of a step's line finds, and that the run does not notice."""
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from synthetic import results_in
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,7 +18,8 @@ from quadstep_bench import lines
 from quadstep_bench.lines import Found, search
 from quadstep_bench.optimizers import CONFIGURATIONS, builders
 from quadstep_bench.runner import training
-from quadstep_bench.runner.records import Config, Epoch, RecordError
+from quadstep_bench.runner.files import RecordError, read_rows
+from quadstep_bench.runner.records import Config, Epoch
 from quadstep_bench.tasks import data
 
 CONFIG = Config("mlp-digits", "lqa", seed=0, epochs=3, subset=100)
@@ -173,54 +174,46 @@ def test_the_search_sees_what_the_step_sees_and_moves_nothing(name: str) -> None
 # A run ------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    header, *rows, end = map(json.loads, path.read_text().splitlines())
-    return header, rows, end
-
-
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_run_is_the_same_with_the_search(tmp_path: Path, name: str) -> None:
     config = replace(CONFIG, optimizer=name)
     seen: list[Epoch] = []
-    path = lines.run(config, steps=4, out=tmp_path, on_epoch=seen.append)
-    plain = training.run(config, out=tmp_path).epochs
+    results = results_in(tmp_path)
+    row = lines.run(config, results, steps=4, on_epoch=seen.append)
+    plain = training.run(config, results.collection("records")).epochs
     assert [replace(row, seconds=0.0) for row in seen] == [
         replace(row, seconds=0.0) for row in plain
     ]
-    header, rows, end = read(path)
-    assert path == tmp_path / f"mlp-digits-subset100-{name}-seed0.jsonl"
-    assert (header["kind"], header["config"], header["steps"]) == ("header", asdict(config), 4)
-    assert {"revision", "versions", "machine"} <= header.keys()
-    assert {row["step"] for row in rows} <= {0, 2, 3, 5}
-    assert len(rows) + end["unmoved"] == 4
-    assert end.items() >= {"kind": "end", "status": "finished", "epoch": 3, "undefined": 0}.items()
-    for row in rows:
-        assert row["kind"] == "line"
-        assert (row["task"], row["optimizer"], row["seed"]) == ("mlp-digits", name, 0)
-        assert row["rate"] > 0.0
-        assert row["best_rate"] > 0.0
-        assert row["ratio"] == row["reduction"] / row["greatest"] <= 1.0
+    assert read_rows(lines.path(results)) == [row]
+    assert row == row | asdict(config) | {"steps": 4, "status": "finished", "last": 3}
+    assert row["environment"] in results.environments()
+    assert set(row["step"]) <= {0, 2, 3, 5}
+    assert len(row["step"]) + row["unmoved"] == 4
+    assert {len(row[column]) for column in lines.COLUMNS} == {len(row["step"])}
+    for column in ("rate", "best_rate", "greatest"):
+        assert all(number > 0.0 for number in row[column])
+    assert all(map(float.__le__, row["reduction"], row["greatest"]))
 
 
-def test_a_file_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = lines.run(CONFIG, steps=2, out=tmp_path)
+def test_a_run_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = results_in(tmp_path)
+    row = lines.run(CONFIG, results, steps=2)
+    path = lines.path(results)
     before = path.read_bytes()
     monkeypatch.setattr(data, "load", forbid)
-    assert lines.run(CONFIG, steps=2, out=tmp_path) == path
+    assert lines.run(CONFIG, results, steps=2) == row
     for config, steps in ((CONFIG, 3), (replace(CONFIG, epochs=4), 2)):
         with pytest.raises(RecordError, match=r"2 steps of another run, .* with --out"):
-            lines.run(config, steps=steps, out=tmp_path)
+            lines.run(config, results, steps=steps)
     assert path.read_bytes() == before
-    path.write_text("")
-    with pytest.raises(
-        RecordError, match=r"seed0\.jsonl, line 1: .* delete it to measure it again"
-    ):
-        lines.run(CONFIG, steps=2, out=tmp_path)
+    path.write_text("{}\n")
+    with pytest.raises(RecordError, match=r"lines\.jsonl, line 1: .* delete the line"):
+        lines.run(CONFIG, results, steps=2)
 
 
-def test_a_run_that_is_stopped_leaves_no_file(tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_leaves_no_row(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
-        lines.run(CONFIG, steps=2, out=tmp_path, on_epoch=forbid)
+        lines.run(CONFIG, results_in(tmp_path), steps=2, on_epoch=forbid)
     assert not list(tmp_path.iterdir())
 
 
@@ -232,18 +225,19 @@ def test_a_run_that_diverges_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return optimizer
 
     monkeypatch.setitem(builders.BUILDERS, "lqa", lost)
-    _, rows, end = read(lines.run(replace(CONFIG, epochs=20), steps=40, out=tmp_path))
-    assert (end["status"], end["epoch"]) == ("diverged", 1)
-    assert [row["step"] for row in rows] == [0]
-    assert end["unmoved"] == 1
+    row = lines.run(replace(CONFIG, epochs=20), results_in(tmp_path), steps=40)
+    assert (row["status"], row["last"]) == ("diverged", 1)
+    assert row["step"] == [0]
+    assert row["unmoved"] == 1
 
 
 def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
     with pytest.raises(ValueError, match=r"unknown configuration 'sgd-0\.1': choose from"):
-        lines.run(replace(CONFIG, optimizer="sgd-0.1"), steps=1, out=tmp_path)
+        lines.run(replace(CONFIG, optimizer="sgd-0.1"), results, steps=1)
     with pytest.raises(ValueError, match="unknown task 'mlp'"):
-        lines.run(replace(CONFIG, task="mlp"), steps=1, out=tmp_path)
+        lines.run(replace(CONFIG, task="mlp"), results, steps=1)
     for steps in (0, 3 * STEPS + 1):
         with pytest.raises(ValueError, match=f"steps must be between 1 and 6, .* got {steps}"):
-            lines.run(CONFIG, steps=steps, out=tmp_path)
+            lines.run(CONFIG, results, steps=steps)
     assert not list(tmp_path.iterdir())

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import collection_in
 from torch import nn
 from torch.nn import functional
 
 from quadstep_bench.optimizers import PEERS, builders, peers
-from quadstep_bench.runner import records
+from quadstep_bench.runner import environment
 from quadstep_bench.runner.records import Config, Epoch, Record
 from quadstep_bench.runner.training import run
 
@@ -42,14 +43,14 @@ def test_a_peer_trains_and_goes_on_bit_for_bit(name: str, tmp_path: Path) -> Non
     installed(name)
     # Seven steps an epoch: the run stops between two fits of GeN.
     config = Config("mlp-digits", name, seed=0, epochs=8, batch_size=16, subset=100)
-    whole = run(config, out=tmp_path / "whole")
+    whole = run(config, collection_in(tmp_path / "whole"))
     assert whole.epochs[-1].train_loss < whole.epochs[0].train_loss
-    assert PEERS[name] in whole.header["versions"]
+    assert PEERS[name] in whole.environment["versions"]
     assert whole.epochs[-1].backwards == 56
     assert whole.epochs[-1].forwards == 56 + (3 * 14 if name == "gen" else 0)
     with pytest.raises(Stop):
-        run(config, out=tmp_path / "parts", on_epoch=stop)
-    assert rows(run(config, out=tmp_path / "parts")) == rows(whole)
+        run(config, collection_in(tmp_path / "parts"), on_epoch=stop)
+    assert rows(run(config, collection_in(tmp_path / "parts"))) == rows(whole)
 
 
 @pytest.mark.parametrize("name", ["schedulefree-adamw", "dog"])
@@ -72,8 +73,8 @@ def test_an_average_has_statistics_of_its_own_and_leaves_the_parameters(name: st
 
 
 def test_a_missing_package_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_version", lambda package: None)
+    monkeypatch.setattr(environment, "version", lambda package: None)
     fix = r'^prodigyopt not installed: run pip install "quadstep-bench\[peers\]", or leave out p'
     with pytest.raises(ValueError, match=fix):
         builders.build("prodigy", nn.Linear(1, 1))
-    records.check_installed(["sgd-0.1", "lqa-auto"])
+    environment.check_installed(["sgd-0.1", "lqa-auto"])

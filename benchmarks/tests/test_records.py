@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,44 +14,66 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import ENVIRONMENT, collection_in, results_in
 
-from quadstep_bench.runner import records
-from quadstep_bench.runner.records import Config, Epoch, Record, RecordError, read
+from quadstep_bench.runner import files
+from quadstep_bench.runner.environment import SOURCES, environment, hash_sources, key
+from quadstep_bench.runner.files import RecordError
+from quadstep_bench.runner.records import Config, Epoch, Record
 
 CONFIG = Config("mlp-digits", "adam-0.01", seed=1, epochs=2, subset=100)
-HEADER = records.header(CONFIG, threads=1, device="cpu")
+QUANTILES = ("min", "q10", "median", "q90", "max")
 
 
 def epoch(number: int, train_loss: float = 0.5) -> Epoch:
-    rate = None if number == 0 else dict.fromkeys(("min", "q10", "median", "q90", "max"), 0.01)
+    rate = None if number == 0 else dict.fromkeys(QUANTILES, 0.01)
     return Epoch(number, train_loss, 0.6, 0.9, 0.1 * number, number, number, rate, {})
 
 
 def record(**changes: Any) -> Record:
-    whole = Record(CONFIG, HEADER, (epoch(0), epoch(1), epoch(2)), "finished")
-    return replace(whole, **changes)
+    run = Record(CONFIG, (epoch(0), epoch(1), epoch(2)), "finished", ENVIRONMENT)
+    return replace(run, **changes)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """The file of a finished record."""
-    records.write(record(), tmp_path)
-    return CONFIG.path(tmp_path)
+    collection_in(tmp_path).add(record())
+    return collection_in(tmp_path).path(CONFIG.task)
 
 
-def test_each_run_has_its_place(tmp_path: Path) -> None:
-    folder = tmp_path / "mlp-digits-subset100"
-    assert CONFIG.path(tmp_path) == folder / "adam-0.01-seed1.jsonl"
-    assert replace(CONFIG, subset=None).path(tmp_path).parent == tmp_path / "mlp-digits"
+def test_the_runs_of_a_task_are_lines_of_one_file(tmp_path: Path) -> None:
+    collection = collection_in(tmp_path)
     reduced: Any = "bfloat16"
-    assert replace(CONFIG, precision=reduced).folder == "mlp-digits-subset100-bfloat16"
+    configs = [
+        replace(CONFIG, optimizer="sgd-0.1"),
+        replace(CONFIG, seed=10),
+        replace(CONFIG, seed=2),
+        replace(CONFIG, precision=reduced),
+        replace(CONFIG, subset=None),
+        CONFIG,
+    ]
+    for config in configs:
+        collection.add(record(config=config))
+    assert collection.path("mlp-digits") == tmp_path / "results" / "records" / "mlp-digits.jsonl"
+    assert [each.config for each in collection.read_all()] == [
+        *(configs[index] for index in (4, 3, 5, 2, 1, 0))
+    ]
+    assert str(configs[3]) == "mlp-digits-subset100-bfloat16 adam-0.01 seed 1"
 
 
-def test_a_record_comes_back(tmp_path: Path, path: Path) -> None:
-    assert read(path) == record()
-    assert records.find(CONFIG, tmp_path) == record()
-    assert records.read_all(tmp_path) == [record()]
-    assert records.find(replace(CONFIG, seed=2), tmp_path) is None
+def test_a_record_comes_back(tmp_path: Path) -> None:
+    collection = collection_in(tmp_path)
+    other = ENVIRONMENT | {"revision": "f" * 40}
+    made = record(data="digest", resumed=((1, other),))
+    collection.add(made)
+    assert collection.read_all() == [made]
+    assert collection.find(CONFIG) == made
+    assert collection.find(replace(CONFIG, epochs=9)) == made
+    assert collection.find(replace(CONFIG, seed=2)) is None
+    assert collection.find(replace(CONFIG, batch_size=32)) is None
+    assert made.environments == [ENVIRONMENT, other]
+    assert results_in(tmp_path).environments() == {key(each): each for each in (ENVIRONMENT, other)}
 
 
 losses = st.floats(allow_nan=False, allow_infinity=False)
@@ -68,97 +91,107 @@ losses = st.floats(allow_nan=False, allow_infinity=False)
             seconds=st.floats(0, 1e6),
             forwards=st.integers(0),
             backwards=st.integers(0),
-            rate=st.none() | st.dictionaries(st.text(), losses),
-            reasons=st.dictionaries(st.text(), st.integers(0)),
+            rate=st.fixed_dictionaries(dict.fromkeys(QUANTILES, losses)),
+            reasons=st.dictionaries(st.text(), st.integers(1)),
         ),
         min_size=1,
     ),
-    status=st.sampled_from(["finished", "diverged", "unfinished"]),
+    status=st.sampled_from(["finished", "diverged"]),
 )
 def test_any_record_comes_back_to_the_last_bit(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Epoch], status: Any
 ) -> None:
-    root = tmp_path_factory.mktemp("records")
+    collection = collection_in(tmp_path_factory.mktemp("records"))
+    rows[0] = replace(rows[0], rate=None, reasons={})
     epochs = tuple(replace(row, epoch=number) for number, row in enumerate(rows))
-    records.write(record(epochs=epochs, status=status), root)
-    assert read(CONFIG.path(root)) == record(epochs=epochs, status=status)
+    collection.add(record(epochs=epochs, status=status))
+    assert collection.read_all() == [record(epochs=epochs, status=status)]
 
 
 def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
-    last = replace(epoch(1), train_loss=math.nan, test_loss=math.inf, rate={"max": -math.inf})
-    records.write(record(epochs=(epoch(0), last), status="diverged"), tmp_path)
-    row = json.loads(CONFIG.path(tmp_path).read_text().splitlines()[2])
-    assert row["train_loss"] is row["test_loss"] is row["rate"]["max"] is None
-    back = read(CONFIG.path(tmp_path)).epochs[1]
-    assert math.isnan(back.train_loss)
-    assert math.isnan(back.test_loss)
-    assert back.rate is not None
-    assert math.isnan(back.rate["max"])
-
-
-def test_a_file_cut_short_anywhere_is_a_run_that_has_not_ended(path: Path) -> None:
-    whole = path.read_bytes()
-    head = whole.index(b"\n") + 1
-    for size in range(0, len(whole), 3):
-        path.write_bytes(whole[:size])
-        if size < head:
-            with pytest.raises(RecordError, match="line 1: no header"):
-                read(path)
-        else:
-            cut = read(path)
-            assert cut.status == "unfinished"
-            assert cut.epochs == record().epochs[: whole[:size].count(b"\n") - 1]
+    rate = dict.fromkeys(QUANTILES, -math.inf)
+    last = replace(epoch(1), train_loss=math.nan, test_loss=math.inf, rate=rate)
+    collection = collection_in(tmp_path)
+    collection.add(record(epochs=(epoch(0), last), status="diverged"))
+    row = json.loads(collection.path(CONFIG.task).read_text())
+    assert row["train_loss"][1] is row["test_loss"][1] is row["rate"]["max"][0] is None
+    (back,) = collection.read_all()
+    assert math.isnan(back.epochs[1].train_loss)
+    assert math.isnan(back.epochs[1].test_loss)
+    assert back.epochs[1].rate is not None
+    assert math.isnan(back.epochs[1].rate["max"])
 
 
 @pytest.mark.parametrize(
-    ("line", "old", "new", "problem"),
+    ("old", "new", "problem"),
     [
-        (1, '"format": 1', '"format": 2', "not a header of format 1"),
-        (1, '"kind": "header"', '"kind": "end"', "not a header"),
-        (1, '"optimizer"', '"optimiser"', "optimiser"),
-        (1, '"epochs": 2', '"epochs": 0', "epochs must be a whole number of at least 1: got 0"),
-        (2, '"epoch": 0', '"epoch": 1', "not the line of epoch 0"),
-        (3, '"train_loss": 0.5', '"train_loss": NaN', "NaN is not a number"),
-        (3, '"train_loss": 0.5', '"train_loss": "x"', "could not convert"),
-        (3, '"train_loss"', '"loss"', "KeyError: 'train_loss'"),
-        (3, '{"kind"', '"kind"', "JSONDecodeError"),
-        (3, '"kind": "epoch"', '"kind": "end"', "KeyError: 'status'"),
-        (5, '"finished"', '"fine"', "unknown status 'fine'"),
-        (5, '"epoch": 2', '"epoch": 3', "the end at epoch 3 follows the line of epoch 2"),
+        ('"optimizer"', '"optimiser"', "KeyError: 'optimizer'"),
+        ('"epochs":2', '"epochs":0', "epochs must be a whole number of at least 1: got 0"),
+        ('"train_loss":[0.5', '"train_loss":[NaN', "NaN is not a number"),
+        ('"train_loss":[0.5', '"train_loss":["x"', "could not convert"),
+        ('"train_loss":[0.5,', '"train_loss":[', "columns of different lengths"),
+        ('"train_loss"', '"loss"', "KeyError: 'train_loss'"),
+        ('{"task"', '"task"', "JSONDecodeError"),
+        ('"finished"', '"fine"', "unknown status 'fine'"),
+        ('"environment":"', '"environment":"0', "KeyError: '0"),
+        ('"mlp-digits"', '"mlp-mnist"', "a record that belongs elsewhere"),
     ],
 )
-def test_a_damaged_record_is_named_with_its_line_and_the_mend(
-    path: Path, line: int, old: str, new: str, problem: str
+def test_a_damaged_record_is_named_with_its_line_and_the_fix(
+    tmp_path: Path, path: Path, old: str, new: str, problem: str
 ) -> None:
-    lines = path.read_text().splitlines(keepends=True)
-    assert old in lines[line - 1]
-    lines[line - 1] = lines[line - 1].replace(old, new)
-    path.write_text("".join(lines))
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace("adam", "adagrad") + text.replace(old, new, 1))
     with pytest.raises(RecordError) as caught:
-        read(path)
+        collection_in(tmp_path).read_all()
     message = str(caught.value)
-    assert message.startswith(f"{path}, line {line}: ")
+    assert message.startswith(f"{path}, line 2: ")
     assert problem in message
-    assert message.endswith("Restore the file, or delete it to run it again")
+    assert message.endswith("Restore the file, or delete the line to run it again")
 
 
-def test_lines_after_the_end_and_other_files_are_refused(path: Path) -> None:
-    whole = path.read_text()
-    path.write_text(whole + whole.splitlines()[-1] + "\n")
-    with pytest.raises(RecordError, match="line 6: ValueError: a line after the end"):
-        read(path)
+def test_second_records_and_other_files_are_refused(tmp_path: Path, path: Path) -> None:
+    path.write_text(2 * path.read_text())
+    with pytest.raises(RecordError, match=r"line 2: ValueError: .* a second one of a run"):
+        collection_in(tmp_path).read_all()
     for content in (b"\xff\xfe\n", b"[]\n", b"1\n"):
         path.write_bytes(content)
         with pytest.raises(RecordError, match="line 1"):
-            read(path)
+            collection_in(tmp_path).read_all()
+        with pytest.raises(RecordError, match="line 1"):
+            collection_in(tmp_path).add(record())
+        assert path.read_bytes() == content
 
 
-def test_the_record_of_another_configuration_is_not_taken_for_this_one(
-    tmp_path: Path, path: Path
-) -> None:
-    with pytest.raises(RecordError, match=r"batch_size=64.*another folder .* with --out"):
-        records.find(replace(CONFIG, batch_size=32), tmp_path)
-    assert records.find(replace(CONFIG, epochs=9), tmp_path) is not None
+def test_a_run_has_one_record_that_of_most_epochs(tmp_path: Path) -> None:
+    collection = collection_in(tmp_path)
+    longer = record(
+        config=replace(CONFIG, epochs=3), epochs=tuple(map(epoch, range(4))), status="finished"
+    )
+    for run, left in ((record(), record()), (longer, longer), (record(), longer)):
+        collection.add(run)
+        assert collection.read_all() == [left]
+    scheduled = replace(CONFIG, optimizer="adamw-cosine-0.01")
+    for epochs in (2, 3):
+        collection.add(record(config=replace(scheduled, epochs=epochs)))
+    assert len(collection.read_all()) == 3
+
+
+def add(root: Path, seeds: range) -> None:
+    for seed in seeds:
+        collection_in(root).add(record(config=replace(CONFIG, seed=seed)))
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ranges = (range(20), range(20, 40))
+    processes = [context.Process(target=add, args=(tmp_path, seeds)) for seeds in ranges]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [each.config.seed for each in collection_in(tmp_path).read_all()] == list(range(40))
 
 
 @pytest.mark.parametrize(
@@ -191,8 +224,8 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(
 ) -> None:
     before = path.read_bytes()
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"cannot write .*seed1\.jsonl: No space left") as caught:
-        records.write(record(status="diverged"), tmp_path)
+    with pytest.raises(OSError, match=r"cannot write .*digits\.jsonl: No space left") as caught:
+        collection_in(tmp_path).add(record(status="diverged"))
     assert caught.value.errno == errno.ENOSPC
     assert "run the same command again" in str(caught.value)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -200,12 +233,12 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(
 
 
 def interrupt(path: Path) -> None:
-    with records.replacing(path) as file:
+    with files.replacing(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(path: Path) -> None:
+def test_a_file_is_replaced_in_full_or_not_at_all(path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(KeyboardInterrupt):
         interrupt(path)
@@ -228,32 +261,23 @@ def test_an_unknown_precision_is_named() -> None:
         replace(CONFIG, precision=unknown)
 
 
-def test_the_header_tells_what_the_run_depended_on() -> None:
-    assert HEADER["config"] == {
-        "task": "mlp-digits",
-        "optimizer": "adam-0.01",
-        "seed": 1,
-        "epochs": 2,
-        "batch_size": 64,
-        "subset": 100,
-        "precision": "float32",
-    }
-    assert HEADER["revision"] is None or len(HEADER["revision"]) == 40
-    assert isinstance(HEADER["dirty"], bool)
-    assert {"python", "torch", "quadstep"} <= set(HEADER["versions"])
-    assert HEADER["machine"] == HEADER["machine"] | {"threads": 1, "device": "cpu"}
-    assert HEADER["machine"]["processor"]
+def test_the_environment_tells_what_a_run_depends_on() -> None:
+    here = environment(threads=1, device="cpu")
+    assert here["revision"] is None or len(here["revision"]) == 40
+    assert isinstance(here["dirty"], bool)
+    assert here["sources"] == SOURCES
+    assert {"python", "torch", "quadstep"} <= set(here["versions"])
+    assert here["machine"] == here["machine"] | {"threads": 1, "device": "cpu"}
+    assert here["machine"]["processor"]
+    assert "prodigyopt" in environment(threads=1, device="cpu", optimizer="prodigy")["versions"]
+    assert key(here) != key(here | {"dirty": not here["dirty"]})
 
 
-def test_the_header_tells_under_what_else_the_run_went_on() -> None:
-    first = HEADER
-    other = first | {"revision": "f" * 40}
-    assert records.resumed(first, first, 1) == first
-    once = records.resumed(first, other, 1)
-    assert once["revision"] == first["revision"]
-    assert [(row["epoch"], row["revision"]) for row in once["resumed"]] == [(1, "f" * 40)]
-    assert records.resumed(once, other, 2) == once
-    assert [row["epoch"] for row in records.resumed(once, first, 2)["resumed"]] == [1, 2]
+def test_sources_are_told_apart_by_names_and_contents() -> None:
+    sources = {"a.py": b"1", "b.py": b"2"}
+    others = ({"a.py": b"1"}, {"a.py": b"2", "b.py": b"1"}, {"a.py": b"12", "b.py": b""})
+    assert len({hash_sources(each) for each in (sources, *others)}) == 4
+    assert hash_sources(sources) == hash_sources(dict(reversed(sources.items())))
 
 
 def test_records_are_read_without_torch() -> None:

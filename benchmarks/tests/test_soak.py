@@ -3,6 +3,7 @@ import math
 
 import pytest
 from rich.console import Console
+from synthetic import results_in
 
 from quadstep_bench import soak
 from quadstep_bench.optimizers import CONFIGURATIONS
@@ -18,7 +19,7 @@ def console(tmp_path):
 def test_two_thousand_steps_under_faults(tmp_path, console, monkeypatch):
     """A tenth of the recorded run, with faults five times as often."""
     monkeypatch.setattr(soak, "ODDS", 0.1)
-    path = soak.soak(tmp_path, console, steps=2000, seeds=1, names=("lqa-auto",))
+    path = soak.soak(results_in(tmp_path), console, steps=2000, seeds=1, names=("lqa-auto",))
     (row,) = json.loads(path.read_text())["rows"]
     assert row["traces"] == 0
     assert set(row["faults"]) == set(soak.KINDS)

@@ -13,9 +13,10 @@ import pytest
 from synthetic import record
 
 from quadstep_bench import figures
+from quadstep_bench.markdown import read_table
 from quadstep_bench.optimizers import HAND_TUNED, PEERS, suite_settings
-from quadstep_bench.report import table
-from quadstep_bench.runner.records import Epoch, Outcome, Record, RecordError
+from quadstep_bench.runner.files import RecordError
+from quadstep_bench.runner.records import Epoch, Outcome, Record
 from quadstep_bench.suite import FLOOR, SUBJECT, configs, goals, judge, ratio, write
 from quadstep_bench.tasks import STRESS, SUITE, TASKS
 
@@ -49,7 +50,7 @@ def ended(
     return replace(
         made,
         config=replace(config, seed=seed),
-        header=made.header | {"data": data},
+        data=data,
         epochs=tuple(map(row, made.epochs)),
     )
 
@@ -77,7 +78,7 @@ def verdicts(records: Sequence[Record]) -> dict[str, str]:
 def test_the_runs_are_those_of_the_tasks() -> None:
     runs = configs(seeds=2)
     assert len(runs) == 2 * len(SUITE) * len(suite_settings())
-    assert len({run.path(Path()) for run in runs}) == len(runs)
+    assert len({(run.task, *run.identity) for run in runs}) == len(runs)
     (run,) = configs(tasks=["lenet-cifar10"], optimizers=["adamw-0.003"])
     assert (run.subset, run.batch_size) == (10_000, 64)
     assert run.epochs == SUITE["lenet-cifar10"].epochs != TASKS["lenet-cifar10"].epochs
@@ -107,7 +108,7 @@ def test_the_accuracy_stands_beside_the_highest_of_any_hand_tuned_optimizer(tmp_
         ),
         tmp_path,
     )
-    held_out = table(report.read_text(), "## Held-out loss")
+    held_out = read_table(report.read_text(), "## Held-out loss")
     assert held_out["mlp-digits"][-1] == "90.0% (95.0%)"
     assert held_out["autoencoder-digits"][-1] == ""
 
@@ -176,7 +177,7 @@ def test_held_out_losses_are_compared_at_equal_training_losses(tmp_path: Path) -
     assert outcome.score.test_ratio == pytest.approx(0.9 / 0.4)
     assert outcome.abreast == pytest.approx(0.3 / 0.6)
     report, _ = write([outcome], tmp_path)
-    assert table(report.read_text(), "## Held-out loss")[TASK][-3] == "0.5"
+    assert read_table(report.read_text(), "## Held-out loss")[TASK][-3] == "0.5"
     assert "its held-out loss is 0.5 times the one of that run" in report.read_text()
     (outcome,) = judge([mine, ended(TASK, "sgd-0.1", [1.0, 0.05])])
     assert outcome.abreast == math.inf
@@ -193,7 +194,7 @@ def test_both_losses_count_at_one_time_of_any_run(tmp_path: Path) -> None:
     (outcome,) = judge([mine, tuned, early, peer])
     assert outcome.both == pytest.approx(0.4 / 0.5)
     report, _ = write([outcome], tmp_path)
-    assert table(report.read_text(), "## Held-out loss")[TASK][-2] == "0.8"
+    assert read_table(report.read_text(), "## Held-out loss")[TASK][-2] == "0.8"
     assert "in both losses at once on 100% of 1 tasks, at worst 0.8." in report.read_text()
 
 
@@ -227,7 +228,7 @@ def test_of_a_longer_run_counts_what_the_suite_asks_for() -> None:
 
 def test_runs_on_different_data_are_not_compared() -> None:
     runs = [ended(TASK, SUBJECT, [1.0]), ended(TASK, "sgd-0.1", [1.0], data="other")]
-    with pytest.raises(RecordError, match=r"mlp-diabetes rest on different data, .*: delete the"):
+    with pytest.raises(RecordError, match=r"mlp-diabetes rest on different data, .*: delete those"):
         judge(runs)
 
 
@@ -323,7 +324,7 @@ def test_settings_with_a_schedule_stand_apart(tmp_path: Path) -> None:
     assert (outcome.best, outcome.best_held_out) == ("sgd-0.1", "sgd-0.1")
     report, _ = write([outcome], tmp_path)
     text = report.read_text()
-    assert table(text, "## With a schedule")[TASK] == [
+    assert read_table(text, "## With a schedule")[TASK] == [
         *("AdamW, cosine 0.01", "0.1", "2", "AdamW, cosine 0.001", "0.5", "0.8", "50.0% (50.0%)")
     ]
     assert "at or below the best of them on 0% of 1 tasks, at worst 2; held out, on 100%" in text
@@ -347,7 +348,7 @@ def test_one_setting_for_all_tasks(tmp_path: Path) -> None:
         for task, end in zip((TASK, "mlp-digits"), both, strict=True)
     ]
     report, _ = write(judge([*runs, ended(TASK, "momo", [1.0, 0.1])]), tmp_path)
-    settings = table(report.read_text(), "## One setting for all tasks")
+    settings = read_table(report.read_text(), "## One setting for all tasks")
     # Both ratios of adam-0.01 to the best are 2 and more than a hundred, which counts as that.
     assert settings == {
         SUBJECT: ["1", "1", "1", "1", "1", "1"],

@@ -1,4 +1,4 @@
-"""The command line: the demonstration, the paper's experiments, and what is drawn from them."""
+"""The command line: the demonstration, the experiments, and the reports written from them."""
 
 import sys
 from collections.abc import Generator, Sequence
@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, NoReturn
 from quadstep_bench.optimizers import CONFIGURATIONS, check_configuration
 
 # Commands import the rest themselves: not all need torch, which takes long.
-from quadstep_bench.runner.records import Config, Record, RecordError, check_installed, read_all
+from quadstep_bench.runner.files import RecordError
+from quadstep_bench.runner.records import Collection, Config, Results
 from quadstep_bench.tasks import TASKS, Precision, check_task
 
 _INSTALL = "is not installed: run pip install quadstep-bench"
@@ -28,7 +29,6 @@ app = typer.Typer(
 )
 
 Figure = Literal["1", "2", "3", "4", "5", "all"]
-RecordsOption = Annotated[Path, typer.Option("--records", help="The folder of records to read.")]
 DataOption = Annotated[
     Path | None,
     typer.Option(help="The folder of mnist/ and cifar10/; QUADSTEP_DATA or the hub without."),
@@ -43,8 +43,10 @@ PrecisionOption = Annotated[
 NamesOption = Annotated[str | None, typer.Option(help="Names with commas between; all by default.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1...")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="How often to measure everything.")]
-BenchOption = Annotated[Path, typer.Option("--out", help="The folder for the measurement.")]
-ResultsOption = Annotated[Path, typer.Option(help="The folder for results.")]
+OutOption = Annotated[Path, typer.Option("--out", help="The folder of results.")]
+RunsOption = Annotated[Path, typer.Option(help="The folder of runs that have not ended.")]
+
+OUT, RUNS = Path("results"), Path("runs")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -85,11 +87,15 @@ def reproduce(
     optimizers: NamesOption = None,
     workers: Annotated[int, typer.Option(min=1, help="How many runs at a time.")] = 1,
     device: DeviceOption = "cpu",
-    out: ResultsOption = Path("results"),
+    collection: Annotated[
+        str, typer.Option(help="Where the records belong; reports are written from `records`.")
+    ] = "records",
+    out: OutOption = OUT,
+    runs: RunsOption = RUNS,
 ) -> None:
     """Trains the runs that a figure still lacks; stopped at any point, it goes on from there."""
     from quadstep_bench.curves import FIGURES
-    from quadstep_bench.paper import runs
+    from quadstep_bench.paper.runs import configs
 
     _check_device(device)
     names = _names(optimizers)
@@ -97,7 +103,7 @@ def reproduce(
         wanted = [
             config
             for number in (FIGURES if figure == "all" else [int(figure)])
-            for config in runs.configs(
+            for config in configs(
                 number,
                 epochs=epochs,
                 seeds=seeds,
@@ -106,7 +112,8 @@ def reproduce(
                 precision=precision,
             )
         ]
-    _train(wanted, workers=workers, data_root=data, out=out / "records", device=device)
+    chosen = Results(out, runs).collection(collection)
+    _train(wanted, chosen, workers=workers, data_root=data, device=device)
 
 
 @app.command()
@@ -119,7 +126,8 @@ def lines(
     subset: SubsetOption = None,
     optimizers: NamesOption = None,
     device: DeviceOption = "cpu",
-    out: ResultsOption = Path("results"),
+    out: OutOption = OUT,
+    runs: RunsOption = RUNS,
 ) -> None:
     """Measures how near each rate comes to the greatest reduction along its line."""
     from quadstep_bench import lines
@@ -134,19 +142,20 @@ def lines(
     configs = [
         Config(task, name, seed, epochs or TASKS[task].epochs, subset=subset) for name in names
     ]
+    results = Results(out, runs)
     with Console(stderr=True).status("") as status, _wrong_use():
         for config in configs:
-            path = lines.run(
+            lines.run(
                 config,
+                results,
                 steps=steps,
                 data_root=data,
-                out=out / "lines",
                 device=device,
                 on_epoch=lambda epoch, config=config: status.update(
                     f"{config}: epoch {epoch.epoch} of {config.epochs}"
                 ),
             )
-            print(path)
+    print(lines.path(results))
 
 
 @app.command()
@@ -154,7 +163,11 @@ def cost(
     models: NamesOption = None,
     rounds: RoundsOption = 200,
     device: DeviceOption = "cpu",
-    out: BenchOption = Path("results/bench"),
+    label: Annotated[
+        str, typer.Option(help="Names the machine in the file; reports are written without one.")
+    ] = "",
+    out: OutOption = OUT,
+    runs: RunsOption = RUNS,
 ) -> None:
     """Measures time and memory of LQA beside those of the optimizers it is compared with.
 
@@ -165,17 +178,22 @@ def cost(
     _check_device(device)
     with _wrong_use("--models"):
         path = cost.measure(
-            out, Console(), names=_names(models) or [*cost.WORKLOADS], rounds=rounds, device=device
+            Results(out, runs),
+            Console(),
+            names=_names(models) or [*cost.WORKLOADS],
+            rounds=rounds,
+            device=device,
+            label=label,
         )
     print(path)
 
 
 @app.command()
-def restore(rounds: RoundsOption = 15, out: BenchOption = Path("results/bench")) -> None:
+def restore(rounds: RoundsOption = 15, out: OutOption = OUT, runs: RunsOption = RUNS) -> None:
     """Measures what a probe's return costs, by a snapshot and by subtraction."""
     from quadstep_bench import cost
 
-    print(cost.measure_restore(out, Console(), rounds=rounds))
+    print(cost.measure_restore(Results(out, runs), Console(), rounds=rounds))
 
 
 @app.command()
@@ -186,87 +204,81 @@ def suite(
     seeds: Annotated[int, typer.Option(min=1, help="How many runs of each setting.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="How many runs at a time.")] = 1,
     device: DeviceOption = "cpu",
-    out: ResultsOption = Path("results"),
+    out: OutOption = OUT,
+    runs: RunsOption = RUNS,
 ) -> None:
-    """Judges lqa-auto against hand-tuned optimizers and peers; goes on from where it was stopped.
+    """Trains the runs of the suite that are missing; stopped at any point, it goes on from there.
 
-    Trains what is missing, then writes SUITE.md, suite.json and the picture from all the records
-    that there are.
+    They compare lqa-auto with hand-tuned optimizers and with other optimizers without a rate.
     """
     from quadstep_bench import suite
+    from quadstep_bench.runner.environment import check_installed
 
     _check_device(device)
     with _wrong_use("--tasks / --optimizers"):
         wanted = suite.configs(tasks=_names(tasks), optimizers=_names(optimizers), seeds=seeds)
         check_installed({config.optimizer for config in wanted})
-    folder = out / "suite"
-    _train(wanted, workers=workers, data_root=data, out=folder, device=device)
-
-    from quadstep_bench import figures
-
-    outcomes = suite.judge(_read(folder))
-    table = Table("goal", "", "verdict", "measured")
-    for goal in suite.goals(outcomes):
-        table.add_row(goal.id, goal.text, goal.verdict, goal.measured)
-    Console().print(table)
-    written = suite.write(outcomes, out)
-    if outcomes:
-        written += figures.draw_suite(outcomes, out / "figures")
-    for path in written:
-        print(path)
+    collection = Results(out, runs).collection("suite")
+    _train(wanted, collection, workers=workers, data_root=data, device=device)
 
 
 @app.command()
 def soak(
     steps: Annotated[int, typer.Option(min=10, help="How many steps a run takes.")] = 20_000,
     seeds: Annotated[int, typer.Option(min=1, help="How many runs without faults.")] = 3,
-    out: BenchOption = Path("results/bench"),
+    out: OutOption = OUT,
+    runs: RunsOption = RUNS,
 ) -> None:
     """Trains under injected faults: what they leave, the memory taken, the loss reached."""
     from quadstep_bench import soak
 
-    print(soak.soak(out, Console(), steps=steps, seeds=seeds))
+    print(soak.soak(Results(out, runs), Console(), steps=steps, seeds=seeds))
 
 
 @app.command()
-def figures(
-    records: RecordsOption = Path("results/records"),
-    out: Annotated[Path, typer.Option(help="The folder for pictures.")] = Path("results/figures"),
+def report(
+    results: Annotated[Path, typer.Option(help="The folder of results.")] = OUT,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only tell whether the files there are up to date.")
+    ] = False,
 ) -> None:
-    """Draws the paper's figures, and the rates measured, from the records alone."""
-    from quadstep_bench import figures
+    """Writes every figure, table and verdict from the records."""
+    from quadstep_bench import report, suite
 
-    for path in figures.draw(_read(records), out):
-        print(path)
-
-
-@app.command()
-def claims(
-    records: RecordsOption = Path("results/records"),
-    out: Annotated[Path, typer.Option(help="The folder for CLAIMS.md and claims.json.")] = Path(
-        "results"
-    ),
-) -> None:
-    """Decides the paper's claims from the records, and from measurements beside the results."""
-    from quadstep_bench.paper import claims
-
-    evidence = claims.gather_evidence(_read(records), out)
-    verdicts = claims.measure(evidence)
+    # Nothing is trained here: no lock is taken in the folder of runs.
+    records = Results(results, RUNS)
+    if not any(results.glob("*/*.jsonl")):
+        raise typer.BadParameter(
+            f"there are no records in {results}: make some with quadstep-bench reproduce, or name "
+            "the folder that has them",
+            param_hint="--results",
+        )
+    if check:
+        stale = report.check(records)
+        if stale:
+            names = ", ".join(map(str, stale))
+            raise typer.TyperException(f"out of date, run quadstep-bench report: {names}")
+        return
+    written = report.write(records, results)
     table = Table("claim", "the paper says", *CONFIGURATIONS)
-    for claim, results in verdicts:
-        table.add_row(claim.id, claim.text, *(results[name].verdict for name in CONFIGURATIONS))
+    for claim, found in written.verdicts:
+        table.add_row(claim.id, claim.text, *(found[name].verdict for name in CONFIGURATIONS))
     Console().print(table)
-    for path in claims.write(evidence, verdicts, out):
+    table = Table("goal", "", "verdict", "measured")
+    for goal in suite.goals(written.outcomes):
+        table.add_row(goal.id, goal.text, goal.verdict, goal.measured)
+    Console().print(table)
+    for path in written.files:
         print(path)
 
 
-def _train(wanted: Sequence[Config], **options: Any) -> None:
+def _train(wanted: Sequence[Config], collection: Collection, **options: Any) -> None:
     """Trains what is missing of some runs, and ends the command where that does not succeed."""
     from quadstep_bench.runner import parallel
 
     try:
         with _wrong_use():
-            failures = parallel.execute(wanted, **options)
+            failures = parallel.execute(wanted, collection, **options)
     except KeyboardInterrupt as interrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         raise typer.Exit(130) from interrupt
@@ -296,17 +308,6 @@ def _wrong_use(option: str | None = None) -> Generator[None]:
         raise
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from error
-
-
-def _read(folder: Path) -> list[Record]:
-    records = read_all(folder)
-    if not records:
-        raise typer.BadParameter(
-            f"there are no records in {folder}: make some with quadstep-bench reproduce, or name "
-            "the folder that has them",
-            param_hint="--records",
-        )
-    return records
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -35,7 +35,9 @@ from quadstep import LQA, Reason
 from quadstep_bench.curves import Array
 from quadstep_bench.optimizers import BASES, CONFIGURATIONS, builders
 from quadstep_bench.runner import training
-from quadstep_bench.runner.records import environment, write_json
+from quadstep_bench.runner.environment import environment
+from quadstep_bench.runner.files import Row, write_json
+from quadstep_bench.runner.records import Results
 from quadstep_bench.tasks import CLASSES, SHAPES, TASKS, check_name, models
 
 BATCH = 64
@@ -49,7 +51,6 @@ PATIENCE = 300.0
 LEAST = 3
 
 Batch = tuple[Tensor, Tensor]
-Row = dict[str, Any]
 
 
 def images(task: str) -> tuple[nn.Module, list[Batch]]:
@@ -112,21 +113,23 @@ MEMORY_STEPS = 40
 
 
 def measure(
-    out: Path,
+    results: Results,
     console: Console,
     *,
     names: Sequence[str],
     rounds: int,
     device: str = "cpu",
+    label: str = "",
 ) -> Path:
     """Measures time and memory of each configuration beside those of the base optimizers.
 
     Args:
-        out: The folder for `cost.json`.
+        results: The folder for `bench/cost.json`.
         console: Where to print.
         names: The models, of `WORKLOADS`.
         rounds: How many rounds of turns to take on each model.
         device: Where to train, in torch's words.
+        label: Added to the name of the file, so that those of several machines lie side by side.
 
     Returns:
         The file. Its `rows` hold the median `ratio` of the time a step to that of the `base`, the
@@ -140,8 +143,8 @@ def measure(
     """
     for name in names:
         check_name("model", name, WORKLOADS)
-    path = out / "cost.json"
-    surroundings = _surroundings(device)
+    path = results.root / "bench" / f"{'-'.join(filter(None, ('cost', label)))}.json"
+    conditions = _conditions(results, device)
     rows: list[Row] = []
     memory: list[Row] = []
     for name in names:
@@ -162,7 +165,7 @@ def measure(
             for row in _memory(optimizer, model)
         ]
         # After each model, so that an interruption loses no more than one.
-        write_json(surroundings | {"rows": rows, "memory": memory}, path)
+        write_json(conditions | {"rows": rows, "memory": memory}, path)
     console.print(_table("Time a step, as a ratio to the base optimizer's own", rows))
     console.print(_table("Memory beyond parameters and gradients, in copies of either", memory))
     return path
@@ -351,11 +354,11 @@ Method = Callable[[list[Tensor], list[Tensor]], Snapshot | Subtraction]
 METHODS: dict[str, Method] = {"snapshot": Snapshot, "subtraction": Subtraction}
 
 
-def measure_restore(out: Path, console: Console, *, rounds: int) -> Path:
+def measure_restore(results: Results, console: Console, *, rounds: int) -> Path:
     """Measures what it takes to return from probes by a snapshot, and by subtraction.
 
     Args:
-        out: The folder for `restore.json`.
+        results: The folder for `bench/restore.json`.
         console: Where to print.
         rounds: How many rounds of turns to take.
 
@@ -368,8 +371,8 @@ def measure_restore(out: Path, console: Console, *, rounds: int) -> Path:
     Raises:
         OSError: The file cannot be written.
     """
-    path = out / "restore.json"
-    surroundings = _surroundings("cpu")
+    path = results.root / "bench" / "restore.json"
+    conditions = _conditions(results, "cpu")
     title = "Returning from probes, as a ratio to doing so by subtraction"
     rows = [
         {"model": name, "dtype": str(dtype).removeprefix("torch.")} | row
@@ -378,7 +381,7 @@ def measure_restore(out: Path, console: Console, *, rounds: int) -> Path:
         for row in _returns(name, dtype, rounds, console)
     ]
     console.print(_table(title, rows, hidden=("low", "high", "rounds", "probes_ms")))
-    write_json(surroundings | {"rows": rows}, path)
+    write_json(conditions | {"rows": rows}, path)
     return path
 
 
@@ -501,6 +504,7 @@ def _table(title: str, rows: Sequence[Row], hidden: Collection[str] = ()) -> Tab
     return table
 
 
-def _surroundings(device: str) -> Row:
+def _conditions(results: Results, device: str) -> Row:
     """Describes what is about to run; its source may change before the end."""
-    return environment(threads=torch.get_num_threads(), device=device) | {"batch_size": BATCH}
+    here = environment(threads=torch.get_num_threads(), device=device)
+    return {"environment": results.remember(here), "batch_size": BATCH}

@@ -12,7 +12,7 @@ from quadstep_bench import figures
 from quadstep_bench.curves import display, title
 from quadstep_bench.optimizers import CONFIGURATIONS, settings
 from quadstep_bench.runner import training
-from quadstep_bench.runner.records import Config, Record
+from quadstep_bench.runner.records import Config, Record, Results
 from quadstep_bench.tasks import TASKS
 
 TASK = "mlp-digits"
@@ -32,6 +32,7 @@ def run(out: Path, console: Console) -> Path:
     torch.set_num_threads(1)
     epochs = TASKS[TASK].epochs
     configs = [Config(TASK, name, seed=0, epochs=epochs) for name in settings()]
+    collection = Results(out, out / "runs").collection("records")
     records: list[Record] = []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(configs) * epochs)
@@ -40,7 +41,7 @@ def run(out: Path, console: Console) -> Path:
             records.append(
                 training.run(
                     config,
-                    out=out / "records",
+                    collection,
                     on_epoch=lambda epoch, done=index * epochs: progress.update(
                         bar, completed=done + epoch.epoch
                     ),

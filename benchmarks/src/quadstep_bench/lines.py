@@ -1,15 +1,14 @@
 """Lines: how much of the greatest possible reduction of the loss the rate of a step gives.
 
 Before some steps of a run the line of the step is previewed and searched finely: the same batch,
-the same random numbers, the direction that the optimizer steps along. One file of
-JSON lines a run: a header as in the records, one line a step searched, and the outcome.
+the same random numbers, the direction that the optimizer steps along. All runs are rows of one
+file, `lines.jsonl`, with the steps that have a line as columns.
 """
 
 # Neither torch nor scipy is typed throughout.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false
 
-import json
 import math
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
@@ -21,8 +20,10 @@ from torch import Tensor
 
 from quadstep import LQA
 from quadstep_bench.optimizers import check_configuration
-from quadstep_bench.runner import records
-from quadstep_bench.runner.records import Config, Epoch, RecordError
+from quadstep_bench.paper.rules import share
+from quadstep_bench.runner.environment import key
+from quadstep_bench.runner.files import RecordError, Row, damaged, read_rows
+from quadstep_bench.runner.records import Config, Epoch, Results, parse_config
 from quadstep_bench.runner.training import Trial
 from quadstep_bench.tasks import check_task
 from quadstep_bench.tasks import data as data_sets
@@ -33,6 +34,9 @@ either side."""
 
 PRECISION = 1e-4
 """How closely the best rate is then approached, relative to its neighbour on the grid."""
+
+COLUMNS = ("rate", "best_rate", "reduction", "greatest")
+"""The attributes of `Found`."""
 
 HUGE = float(np.finfo(np.float32).max)
 """What a loss that overflows counts as."""
@@ -57,7 +61,7 @@ class Found:
     @property
     def ratio(self) -> float | None:
         """The share of the greatest reduction; `None` where the loss cannot be reduced."""
-        return self.reduction / self.greatest if self.greatest > 0.0 else None
+        return share(self.reduction, self.greatest)
 
 
 def search(optimizer: LQA, closure: Callable[[], Tensor]) -> Found | None:
@@ -93,29 +97,36 @@ def search(optimizer: LQA, closure: Callable[[], Tensor]) -> Found | None:
     return Found(rate, best_rate, losses[0.0] - losses[rate], losses[0.0] - losses[best_rate])
 
 
+def path(results: Results) -> Path:
+    """The file of all runs whose lines were searched."""
+    return results.root / "lines.jsonl"
+
+
 def run(
     config: Config,
+    results: Results,
     *,
     steps: int,
     data_root: Path | None = None,
-    out: Path,
     device: str = "cpu",
     on_epoch: Callable[[Epoch], object] | None = None,
-) -> Path:
+) -> Row:
     """Trains a run as `quadstep_bench.runner.training.run` does, and searches lines on the way.
 
-    Nothing is done if the file is there already, and it is written only when all is done.
+    Nothing is done if the row is there already, and it is added only when all is done.
 
     Args:
         config: The run, of a configuration of LQA.
+        results: Where its row belongs.
         steps: How many steps to search the lines of, spread evenly over the run.
         data_root: The folder of the data sets, see `quadstep_bench.tasks.data.load`.
-        out: The folder of the files.
         device: Where to train, in torch's words.
         on_epoch: Called after each evaluation, the first before training.
 
     Returns:
-        The file.
+        The row: the configuration, how many `steps` were searched, how the run ended and after
+        which epoch (`last`), the attributes of `Found` for each `step` that has a line, and how
+        many have none because the parameters stay (`unmoved`).
 
     Raises:
         ValueError: A name is unknown, a number out of range, or the data set or file unusable.
@@ -123,10 +134,9 @@ def run(
     """
     check_task(config.task)
     check_configuration(config.optimizer)
-    path = out / f"{config.folder}-{config.optimizer}-seed{config.seed}.jsonl"
-    if path.exists():
-        _check_same(path, config, steps)
-        return path
+    present = _find(config, results, steps)
+    if present is not None:
+        return present
     data = data_sets.load_for(config, data_root).to(device)
     total = config.epochs * math.ceil(len(data.train_labels) / config.batch_size)
     if not 1 <= steps <= total:
@@ -141,21 +151,19 @@ def run(
         if record.status != "unfinished":
             break
         trial.train(data)
-    names = {"task": config.task, "optimizer": config.optimizer, "seed": config.seed}
-    lines = [
-        {"kind": "line", **names, "step": step, **asdict(found), "ratio": found.ratio}
-        for step, found in trial.found.items()
-        if found is not None
-    ]
-    end = {
-        "kind": "end",
+    found = {step: line for step, line in trial.found.items() if line is not None}
+    row = {
+        **asdict(config),
+        "steps": steps,
         "status": record.status,
-        "epoch": record.epochs[-1].epoch,
-        "unmoved": len(trial.found) - len(lines),
-        "undefined": sum(line["ratio"] is None for line in lines),
+        "last": record.epochs[-1].epoch,
+        "environment": key(record.environment),
+        "unmoved": len(trial.found) - len(found),
+        "step": [*found],
+        **{name: [getattr(line, name) for line in found.values()] for name in COLUMNS},
     }
-    records.write_rows([record.header | {"steps": steps}, *lines, end], path)
-    return path
+    results.merge(row, path(results), [record.environment])
+    return row
 
 
 class _Searched(Trial):
@@ -182,19 +190,20 @@ class _Searched(Trial):
         return super()._step(inputs, labels)
 
 
-def _check_same(path: Path, config: Config, steps: int) -> None:
-    """Raises a `RecordError` unless the file holds the lines of these very steps."""
-    header, *_ = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    try:
-        row = json.loads(header)
-        same = row["config"] == asdict(config) and row["steps"] == steps
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecordError(
-            f"{path}, line 1: {type(error).__name__}: {error}. Restore the file, or delete it to "
-            "measure it again"
-        ) from error
-    if not same:
-        raise RecordError(
-            f"{path} holds {row['steps']} steps of another run, {row['config']}: choose another "
-            "folder for the results with --out, or delete the file to measure it again"
-        )
+def _find(config: Config, results: Results, steps: int) -> Row | None:
+    """Finds the row of a run; raises a `RecordError` if it is of other steps."""
+    for line, row in enumerate(read_rows(path(results)), start=1):
+        try:
+            present = parse_config(row)
+            same = present == config and row["steps"] == steps
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(path(results), line, error) from error
+        if present.task == config.task and present.identity == config.identity:
+            if same:
+                return row
+            raise RecordError(
+                f"{path(results)} holds {row['steps']} steps of another run, {present}, "
+                f"{present.epochs} epochs: choose another folder for the results with --out, or "
+                "delete the line to measure it again"
+            )
+    return None

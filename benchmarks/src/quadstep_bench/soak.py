@@ -12,7 +12,6 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,7 +22,9 @@ from torch.nn import functional
 
 from quadstep import LQA, Reason
 from quadstep_bench.optimizers import CONFIGURATIONS, builders, check_configuration
-from quadstep_bench.runner.records import environment, write_json
+from quadstep_bench.runner.environment import environment
+from quadstep_bench.runner.files import Row, write_json
+from quadstep_bench.runner.records import Results
 from quadstep_bench.tasks import SHAPES, data
 
 BATCH = 32
@@ -35,8 +36,6 @@ KINDS = ("exception", "interrupt", "nan", "inf", "gradient", "reload")
 
 SAMPLES = 10
 """How often the memory is read during a run."""
-
-Row = dict[str, Any]
 
 
 class _Exception(Exception):
@@ -102,12 +101,17 @@ class Job:
 
 
 def soak(
-    out: Path, console: Console, *, steps: int, seeds: int, names: tuple[str, ...] = CONFIGURATIONS
+    results: Results,
+    console: Console,
+    *,
+    steps: int,
+    seeds: int,
+    names: tuple[str, ...] = CONFIGURATIONS,
 ) -> Path:
     """Trains each configuration under faults, and beside that without any.
 
     Args:
-        out: The folder for `soak.json`.
+        results: The folder for `bench/soak.json`.
         console: Where to print.
         steps: How many steps a run takes.
         seeds: How many runs without faults to compare with.
@@ -127,7 +131,7 @@ def soak(
         check_configuration(name)
     # More threads than that only wait for each other in a model as small as this.
     torch.set_num_threads(1)
-    surroundings = environment(threads=1, device="cpu")
+    here = results.remember(environment(threads=1, device="cpu"))
     rows: list[Row] = []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(names) * (seeds + 1) * SAMPLES)
@@ -141,8 +145,8 @@ def soak(
             row = _train(Job(name, seed=0), steps, random.Random(0), advance)
             rows.append({"optimizer": name, "steps": steps} | row | {"fault_free": clean})
     console.print(_table(rows))
-    path = out / "soak.json"
-    write_json(surroundings | {"batch_size": BATCH, "odds": ODDS, "rows": rows}, path)
+    path = results.root / "bench" / "soak.json"
+    write_json({"environment": here, "batch_size": BATCH, "odds": ODDS, "rows": rows}, path)
     return path
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from quadstep_bench.curves import Array, Curve, display, title
+from quadstep_bench.markdown import format_table
 from quadstep_bench.optimizers import (
     HAND_TUNED,
     PEERS,
@@ -22,16 +23,8 @@ from quadstep_bench.optimizers import (
     WARM_UP,
     suite_settings,
 )
-from quadstep_bench.runner.records import (
-    Config,
-    Epoch,
-    Record,
-    RecordError,
-    finite,
-    markdown_table,
-    replacing,
-    write_json,
-)
+from quadstep_bench.runner.files import RecordError, write_json, write_text
+from quadstep_bench.runner.records import Config, Epoch, Record
 from quadstep_bench.tasks import CLASSES, STRESS, SUITE, TASKS, check_name
 
 SUBJECT = "lqa-auto"
@@ -196,6 +189,55 @@ def judge(records: Iterable[Record]) -> list[Outcome]:
     ]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How a setting compares with the best hand-tuned one, which is another one on each task.
+
+    Attributes:
+        training: The geometric mean over the tasks of the ratios of final training losses.
+        held_out: The same of final held-out losses.
+        best_checkpoint: The same of held-out losses after the epochs where these are lowest.
+        won_training: On how many tasks the ratio of final training losses is at most 1.
+        won_held_out: The same of final held-out losses.
+        won_best_checkpoint: The same of held-out losses after the epochs where these are lowest.
+    """
+
+    training: float
+    held_out: float
+    best_checkpoint: float
+    won_training: int
+    won_held_out: int
+    won_best_checkpoint: int
+
+    @property
+    def means(self) -> tuple[float, float, float]:
+        """The three means."""
+        return self.training, self.held_out, self.best_checkpoint
+
+    @property
+    def won(self) -> tuple[int, int, int]:
+        """The three numbers of tasks."""
+        return self.won_training, self.won_held_out, self.won_best_checkpoint
+
+
+def compare(outcomes: Sequence[Outcome]) -> dict[str, Comparison]:
+    """Compares every setting that is recorded on all of the tasks with the best hand-tuned ones."""
+    found: dict[str, Comparison] = {}
+    for name in suite_settings():
+        scores = [outcome.scores[name] for outcome in outcomes if name in outcome.scores]
+        if not scores or len(scores) < len(outcomes):
+            continue
+        columns = [
+            [score.train_ratio for score in scores],
+            [score.test_ratio for score in scores],
+            [score.kept_ratio for score in scores],
+        ]
+        training, held_out, best_checkpoint = map(_mean, columns)
+        won = (sum(value <= 1.0 for value in ratios) for ratios in columns)
+        found[name] = Comparison(training, held_out, best_checkpoint, *won)
+    return found
+
+
 def ratio(loss: float, other: float) -> float:
     """Compares two losses, each counted as `FLOOR` at least; to have diverged alike is level."""
     if math.isinf(other):
@@ -204,11 +246,11 @@ def ratio(loss: float, other: float) -> float:
 
 
 def _check_data(task: str, runs: Collection[Record]) -> None:
-    digests = {run.header.get("data") for run in runs}
+    digests = {run.data for run in runs}
     if len(digests) > 1:
         raise RecordError(
             f"the records of {task} rest on different data, {', '.join(map(str, digests))}: "
-            f"delete the folder {next(iter(runs)).config.folder} to run them again"
+            f"delete those of one from {task}.jsonl to run them again"
         )
 
 
@@ -430,19 +472,19 @@ def _survived(outcomes: Sequence[Outcome]) -> tuple[bool, str]:
 # The report ---------------------------------------------------------------------------------------
 
 
-def write(outcomes: Sequence[Outcome], out: Path) -> list[Path]:
+def write(outcomes: Sequence[Outcome], out: Path, provenance: str = "") -> list[Path]:
     """Writes the verdict for people and for programs, and returns the files.
 
     Args:
         outcomes: What `judge` found.
         out: The folder for `SUITE.md` and `suite.json`.
+        provenance: A section that the page ends with.
 
     Raises:
         OSError: A file cannot be written.
     """
-    report, values = out / "SUITE.md", out / "suite.json"
-    with replacing(report) as file:
-        file.write(_report(outcomes).encode())
+    page, values = out / "SUITE.md", out / "suite.json"
+    write_text(_report(outcomes) + provenance, page)
     rules = {
         "floor": FLOOR,
         "most": MOST,
@@ -456,22 +498,22 @@ def write(outcomes: Sequence[Outcome], out: Path) -> list[Path]:
         "goals": [asdict(goal) for goal in goals(outcomes)],
         "tasks": [asdict(outcome) for outcome in outcomes],
     }
-    write_json(finite(rows), values)
-    return [report, values]
+    write_json(rows, values)
+    return [page, values]
 
 
 def _report(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "# The suite",
         "",
-        f"Written by `quadstep-bench suite` from the records in `suite`. `{SUBJECT}` has no rate; "
+        f"Written by `quadstep-bench report` from the records in `suite`. `{SUBJECT}` has no rate; "
         f"the hand-tuned optimizers are the best, on each task anew, of {len(HAND_TUNED)}: the "
         "paper's 18 competitors and AdamW at five rates. The peers run at their defaults.",
         "",
         f"Recorded: {len(outcomes)} of {len(SUITE)} tasks, "
         f"{sum(outcome.complete for outcome in outcomes)} of them with every hand-tuned optimizer.",
         "",
-        *markdown_table(
+        *format_table(
             ["goal", "", "verdict", "measured"],
             [
                 [goal.id, goal.text, f"**{_verdict(goal)}**", goal.measured]
@@ -481,7 +523,7 @@ def _report(outcomes: Sequence[Outcome]) -> str:
         "",
         "## Training loss",
         "",
-        *markdown_table(
+        *format_table(
             [
                 "task",
                 "best hand-tuned",
@@ -497,7 +539,7 @@ def _report(outcomes: Sequence[Outcome]) -> str:
         "",
         "## Held-out loss",
         "",
-        *markdown_table(
+        *format_table(
             [
                 "task",
                 "best hand-tuned",
@@ -518,7 +560,7 @@ def _report(outcomes: Sequence[Outcome]) -> str:
         "",
         "## The tasks",
         "",
-        *markdown_table(
+        *format_table(
             ["task", "group", "", "loss", "batch", "epochs", "n"],
             [_task_row(task, outcomes) for task in SUITE],
         ),
@@ -603,7 +645,7 @@ def _scheduled_lines(outcomes: Sequence[Outcome]) -> list[str]:
         f"zero, the best of {len(SCHEDULED)} highest rates; unlike `{SUBJECT}` it has to know "
         "beforehand how long the run is. No goal is set here.",
         "",
-        *markdown_table(
+        *format_table(
             [
                 "task",
                 "best for training",
@@ -638,7 +680,7 @@ def _peer_lines(outcomes: Sequence[Outcome]) -> list[str]:
         "Final training loss, as a multiple of the best hand-tuned one; below, on how many tasks "
         f"`{SUBJECT}` is not behind.",
         "",
-        *markdown_table(
+        *format_table(
             ["task", SUBJECT, *shares], [*rows, [f"{SUBJECT} level or ahead", "", *total]]
         ),
     ]
@@ -646,21 +688,13 @@ def _peer_lines(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _untuned_lines(outcomes: Sequence[Outcome]) -> list[str]:
     """Compares what every setting does that is recorded on all of the tasks."""
-    rows: list[tuple[list[float], list[str]]] = []
-    for name in suite_settings():
-        scores = [outcome.scores[name] for outcome in outcomes if name in outcome.scores]
-        if not scores or len(scores) < len(outcomes):
-            continue
-        columns = [
-            [score.train_ratio for score in scores],
-            [score.test_ratio for score in scores],
-            [score.kept_ratio for score in scores],
-        ]
-        means = [_mean(ratios) for ratios in columns]
-        won = [str(sum(value <= 1.0 for value in ratios)) for ratios in columns]
-        rows.append((means, [display(name), *map(_times, means), *won]))
-    if not rows:
+    found = compare(outcomes)
+    if not found:
         return []
+    rows = [
+        [display(name), *map(_times, each.means), *map(str, each.won)]
+        for name, each in sorted(found.items(), key=lambda pair: pair[1].means)
+    ]
     return [
         "",
         "## One setting for all tasks",
@@ -672,12 +706,12 @@ def _untuned_lines(outcomes: Sequence[Outcome]) -> list[str]:
         "lowest, as one has it who validates after each and keeps the best, over the lowest such "
         "loss of any hand-tuned optimizer.",
         "",
-        *markdown_table(
+        *format_table(
             [
                 *("setting", "training", "held-out", "kept"),
                 *("tasks, training", "tasks, held-out", "tasks, kept"),
             ],
-            [row for _, row in sorted(rows, key=lambda pair: pair[0])],
+            rows,
         ),
     ]
 

@@ -68,6 +68,9 @@ BASES = {"lqa-paper": "sgd", "lqa": "sgd", "lqa-auto": "adamw"}
 VARIANTS = ("lqa", "lqa-adamw", "lqa-auto-decay")
 """What the suite shows beside `lqa-auto`; the last is that with ten times its weight decay."""
 
+LQA_SETTINGS = frozenset((*CONFIGURATIONS, *VARIANTS))
+"""All that is trained by LQA."""
+
 
 def settings() -> tuple[str, ...]:
     """Names every optimizer setting of the paper's figures, the competitors first."""

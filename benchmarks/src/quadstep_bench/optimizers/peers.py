@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from quadstep_bench.optimizers import PEERS
-from quadstep_bench.runner.records import check_installed
+from quadstep_bench.runner.environment import check_installed
 from quadstep_bench.tasks import check_name
 
 Loss = Callable[[Tensor, Tensor], Tensor]

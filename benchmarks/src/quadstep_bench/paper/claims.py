@@ -4,7 +4,6 @@ A claim is a row of `CLAIMS`: what the paper says and the rule that decides it. 
 before the runs.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from quadstep_bench.curves import FIGURES, describe, title
+from quadstep_bench.markdown import format_table
 from quadstep_bench.optimizers import CONFIGURATIONS, FAMILIES
 from quadstep_bench.paper.rules import (
     EVERY,
@@ -35,6 +35,7 @@ from quadstep_bench.paper.rules import (
     lower,
     nearly_greatest,
     only,
+    share,
     similar,
     smooth_late,
     takes,
@@ -42,14 +43,8 @@ from quadstep_bench.paper.rules import (
     unstable,
     within,
 )
-from quadstep_bench.runner.records import (
-    Record,
-    RecordError,
-    finite,
-    markdown_table,
-    replacing,
-    write_json,
-)
+from quadstep_bench.runner.files import read_json, read_rows, write_json, write_text
+from quadstep_bench.runner.records import Results
 from quadstep_bench.tasks import TASKS
 
 Verdict = Literal["holds", "fails", "not run"]
@@ -223,23 +218,16 @@ CLAIMS = (
 Verdicts = list[tuple[Claim, dict[str, Result]]]
 
 
-def gather_evidence(records: Sequence[Record], results: Path) -> Evidence:
-    """Puts the measurements in a folder of results, if any, beside the records.
-
-    Args:
-        records: The training runs.
-        results: The folder that holds `bench/cost.json` (an object with a list `rows`) and
-            `lines/*.jsonl` (a row a line).
-    """
-    cost = results / "bench" / "cost.json"
+def gather_evidence(results: Results) -> Evidence:
+    """Reads the records of the paper's runs, and the measurements beside them, if any."""
+    cost = results.root / "bench" / "cost.json"
     return Evidence(
-        records=records,
-        costs=_load(cost, cost.read_text(encoding="utf-8"))["rows"] if cost.exists() else [],
+        records=results.collection("records").read_all(),
+        costs=read_json(cost)["rows"] if cost.exists() else [],
         lines=[
-            row
-            for path in sorted((results / "lines").glob("*.jsonl"))
-            for text in path.read_text(encoding="utf-8").splitlines()
-            if (row := _load(path, text))["kind"] == "line"
+            {"task": row["task"], "optimizer": row["optimizer"], "ratio": share(*numbers)}
+            for row in read_rows(results.root / "lines.jsonl")
+            for numbers in zip(row["reduction"], row["greatest"], strict=True)
         ],
     )
 
@@ -251,13 +239,19 @@ def measure(evidence: Evidence) -> Verdicts:
     ]
 
 
-def write(evidence: Evidence, verdicts: Verdicts, out: Path) -> tuple[Path, Path]:
-    """Writes the verdicts as a page, `CLAIMS.md`, and as `claims.json`."""
+def write(evidence: Evidence, verdicts: Verdicts, out: Path, provenance: str = "") -> list[Path]:
+    """Writes the verdicts as a page, `CLAIMS.md`, and as `claims.json`.
+
+    Args:
+        evidence: What they rest on.
+        verdicts: What `measure` found.
+        out: The folder.
+        provenance: A section that the page ends with.
+    """
     page, data = out / "CLAIMS.md", out / "claims.json"
-    write_json(finite([_row(*verdict) for verdict in verdicts]), data)
-    with replacing(page) as file:
-        file.write(_page(evidence, verdicts).encode())
-    return page, data
+    write_json([_row(*verdict) for verdict in verdicts], data)
+    write_text(_page(evidence, verdicts) + provenance, page)
+    return [page, data]
 
 
 def _row(claim: Claim, results: Mapping[str, Result]) -> dict[str, Any]:
@@ -285,7 +279,7 @@ def _page(evidence: Evidence, verdicts: Verdicts) -> str:
         "section 4 of Zhu et al. (2020) is decided by a rule that was fixed before the runs, once "
         "for each configuration of LQA; claims on the competitors alone are decided once.",
         "",
-        *markdown_table(["configuration", "holds", "fails", "not run"], _totals(verdicts)),
+        *format_table(["configuration", "holds", "fails", "not run"], _totals(verdicts)),
     ]
     for section, heading in _SECTIONS.items():
         rows = [verdict for verdict in verdicts if verdict[0].id.startswith(section)]
@@ -295,7 +289,7 @@ def _page(evidence: Evidence, verdicts: Verdicts) -> str:
             curves = evidence.curves(task)
             recorded = f"Recorded: {describe(curves)}" if curves else "Nothing is recorded yet"
             lines += [f"{recorded}. The paper: {TASKS[task].epochs} epochs.", ""]
-        lines += markdown_table(
+        lines += format_table(
             ["claim", "the paper", "competitors", *CONFIGURATIONS],
             [[claim.id, claim.text, *_cells(claim, results)] for claim, results in rows],
         )
@@ -367,10 +361,3 @@ fewer epochs and a coarser precision, as its section says, and there on one rate
 the paper's best for the perceptron of figure 2. Algorithm 1 as printed has no safeguard of any
 kind, and `lqa-paper` has none either; `lqa` and `lqa-auto` add what the paper leaves out.
 """
-
-
-def _load(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RecordError(f"{path}: {error}. Restore the file, or measure it again") from error

@@ -426,6 +426,11 @@ def nearly_greatest() -> Rule:
     )
 
 
+def share(reduction: float, greatest: float) -> float | None:
+    """The share that a reduction has of the greatest; `None` where there is none to be had."""
+    return reduction / greatest if greatest > 0.0 else None
+
+
 # Arithmetic ---------------------------------------------------------------------------------------
 
 

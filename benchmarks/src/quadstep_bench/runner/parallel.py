@@ -1,4 +1,4 @@
-"""Grids of runs: which ones a figure needs, which are missing, and training those side by side."""
+"""Training many runs, those that are missing, several at a time."""
 
 import math
 import multiprocessing
@@ -22,30 +22,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from quadstep_bench.runner import records
-from quadstep_bench.runner.records import Config, Epoch, Record
+from quadstep_bench.runner.records import Collection, Config, Epoch, Record
 from quadstep_bench.runner.training import run
 from quadstep_bench.tasks import data
 
 Reports: TypeAlias = "SimpleQueue[tuple[Config, int]]"
 
 
-def missing(wanted: Iterable[Config], out: Path) -> list[Config]:
-    """Lists the runs that have no finished record in the folder of records `out`."""
-    found = {config: records.find(config, out) for config in wanted}
-    return [
-        config
-        for config, record in found.items()
-        if record is None or not record.satisfies(config.epochs)
-    ]
-
-
 def execute(
     wanted: Iterable[Config],
+    collection: Collection,
     *,
     workers: int = 1,
     data_root: Path | None = None,
-    out: Path,
     device: str = "cpu",
 ) -> int:
     """Trains the runs that are missing and shows how far they are.
@@ -55,9 +44,9 @@ def execute(
 
     Args:
         wanted: The runs.
+        collection: Where their records belong.
         workers: How many to train at a time; they share the processor's cores.
         data_root: The folder of the data sets, see `quadstep_bench.tasks.data.load`.
-        out: The folder of the records.
         device: Where to train, in torch's words.
 
     Returns:
@@ -65,7 +54,7 @@ def execute(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1: got {workers}")
-    todo = missing(wanted, out)
+    todo = collection.missing(wanted)
     if not todo:
         return 0
     # Here first, where an error stops everything at once; the workers find it decoded.
@@ -84,7 +73,9 @@ def execute(
         _pool(workers) as (pool, reports),
     ):
         board = _Board(progress, todo)
-        pending = {pool.submit(_work, config, data_root, out, device): config for config in todo}
+        pending = {
+            pool.submit(_work, config, collection, data_root, device): config for config in todo
+        }
         failures = 0
         while pending:
             done, _ = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
@@ -186,9 +177,9 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def _work(config: Config, data_root: Path | None, out: Path, device: str) -> Record:
+def _work(config: Config, collection: Collection, data_root: Path | None, device: str) -> Record:
     def report(epoch: Epoch) -> None:
         if _reports is not None:
             _reports.put((config, epoch.epoch))
 
-    return run(config, data_root=data_root, out=out, device=device, on_epoch=report)
+    return run(config, collection, data_root=data_root, device=device, on_epoch=report)

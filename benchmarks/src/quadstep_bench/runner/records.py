@@ -1,32 +1,34 @@
-"""Records: one file of JSON lines for each run, which figures and claims are drawn from.
+"""Records: what training runs gave, a line of JSON a finished run in one file a task.
 
-The first line is the header (configuration, source revision, versions, machine), then comes one
-line an epoch from 0 (before training), and last the outcome. A file without that last line belongs
-to a run that has not ended. Numbers that are not finite are written as null and read as nan.
+    results/<collection>/<task>.jsonl   the runs, sorted by optimizer and seed
+    results/environments.json           what they ran in, by hash
+    runs/<collection>/*.ckpt            the checkpoints of runs that have not ended
+
+A line holds the configuration, the outcome, the hash of the environment and the epochs as columns
+from 0 (before training) on. Numbers that are not finite are written as null and read as nan.
 """
 
-import json
-import math
-import os
-import platform
-import subprocess
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
-from quadstep_bench.optimizers import PEERS, SCHEDULED
+from filelock import FileLock
+
+from quadstep_bench.optimizers import SCHEDULED
+from quadstep_bench.runner.environment import Environment, key
+from quadstep_bench.runner.files import (
+    Row,
+    damaged,
+    number,
+    read_json,
+    read_rows,
+    write_json,
+    write_rows,
+)
 from quadstep_bench.tasks import Precision, check_name
 
-FORMAT = 1
-
 Outcome = Literal["finished", "diverged"]
-
-
-class RecordError(ValueError):
-    """A record file that cannot be read: says which, where, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class Config:
                 raise ValueError(f"{name} must be a whole number of at least {least}: got {value}")
 
     def __str__(self) -> str:
-        return f"{self.folder} {self.optimizer} seed {self.seed}"
+        return f"{self.title} {self.optimizer} seed {self.seed}"
 
     @property
-    def folder(self) -> str:
-        """The name of the folder that holds the records of this task."""
+    def title(self) -> str:
+        """The task, with the part of the training set and the precision where they matter."""
         name = self.task if self.subset is None else f"{self.task}-subset{self.subset}"
         return name if self.precision == "float32" else f"{name}-{self.precision}"
 
@@ -78,9 +80,15 @@ class Config:
             other if self.optimizer in SCHEDULED else replace(other, epochs=self.epochs)
         )
 
-    def path(self, root: Path) -> Path:
-        """Where the record of this run lies in the folder of records `root`."""
-        return root / self.folder / f"{self.optimizer}-seed{self.seed}.jsonl"
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What tells the run from others of its task, and sorts them.
+
+        The number of epochs does so only where a schedule is stretched over the run.
+        """
+        length = self.epochs if self.optimizer in SCHEDULED else 0
+        subset = self.subset or 0
+        return (self.optimizer, self.seed, subset, self.precision, self.batch_size, length)
 
 
 @dataclass(frozen=True)
@@ -111,14 +119,34 @@ class Epoch:
     reasons: dict[str, int]
 
 
+COLUMNS = ("train_loss", "test_loss", "test_accuracy", "seconds", "forwards", "backwards")
+"""The attributes of epochs that are numbers."""
+
+
 @dataclass(frozen=True)
 class Record:
-    """A run as far as it came."""
+    """A run as far as it came.
+
+    Attributes:
+        config: What determines it.
+        epochs: Its states, the first before training.
+        status: How it ended.
+        environment: What it ran in.
+        data: The digest of the data set; `None` where it was not recorded.
+        resumed: The epochs after which it went on in another environment, and which.
+    """
 
     config: Config
-    header: dict[str, Any]
     epochs: tuple[Epoch, ...]
     status: Outcome | Literal["unfinished"]
+    environment: Environment
+    data: str | None = None
+    resumed: tuple[tuple[int, Environment], ...] = ()
+
+    @property
+    def environments(self) -> list[Environment]:
+        """All that it ran in, the first first."""
+        return [self.environment, *(environment for _, environment in self.resumed)]
 
     def satisfies(self, epochs: int) -> bool:
         """Whether nothing is left to do for a run of so many epochs.
@@ -131,240 +159,211 @@ class Record:
             self.status == "finished" and self.config.epochs >= epochs
         )
 
+    def row(self) -> Row:
+        """The line of the record, with hashes in place of environments."""
+        trained = self.epochs[1:]
+        rates = [epoch.rate for epoch in trained if epoch.rate is not None]
+        reasons = sorted({reason for epoch in trained for reason in epoch.reasons})
+        return {
+            **asdict(self.config),
+            "status": self.status,
+            "environment": key(self.environment),
+            "resumed": [[epoch, key(environment)] for epoch, environment in self.resumed],
+            "data": self.data,
+            **{name: [getattr(epoch, name) for epoch in self.epochs] for name in COLUMNS},
+            "rate": {name: [rate[name] for rate in rates] for name in (rates[0] if rates else ())},
+            "reasons": {
+                reason: [epoch.reasons.get(reason, 0) for epoch in trained] for reason in reasons
+            },
+        }
 
-def header(config: Config, *, threads: int, device: str) -> dict[str, Any]:
-    """Describes a run about to start: its configuration, source revision, versions and machine."""
-    surroundings = environment(threads=threads, device=device)
-    if config.optimizer in PEERS:
-        peer = PEERS[config.optimizer]
-        surroundings["versions"][peer] = _version(peer)
-    return {"kind": "header", "format": FORMAT, "config": asdict(config), **surroundings}
+    @classmethod
+    def from_row(cls, row: Row, environments: dict[str, Environment]) -> "Record":
+        """Reads the line of a record.
 
-
-def resumed(header: dict[str, Any], now: dict[str, Any], epoch: int) -> dict[str, Any]:
-    """Adds to a header what the run went on under after `epoch`, if that is another environment."""
-    changes = header.get("resumed", [])
-    before = changes[-1] if changes else header
-    here = {key: now[key] for key in ("revision", "dirty", "versions", "machine")}
-    if all(before[key] == here[key] for key in here):
-        return header
-    return header | {"resumed": [*changes, {"epoch": epoch, **here}]}
-
-
-def environment(*, threads: int, device: str) -> dict[str, Any]:
-    """Describes what a measurement depends on beside its configuration."""
-    source = Path(__file__)
-    # Only a revision that tracks this very file says what ran: an installed copy may happen to lie
-    # inside the checkout of some other project.
-    tracked = _git(source.parent, "ls-files", source.name)
-    package = source.parents[1]
-    return {
-        "revision": _git(package, "rev-parse", "HEAD") if tracked else None,
-        "dirty": bool(tracked and _git(package, "status", "--porcelain", ".")),
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("quadstep", "torch", "numpy")},
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": threads,
-            "device": device,
-        },
-    }
-
-
-def check_installed(optimizers: Iterable[str]) -> None:
-    """Raises a `ValueError` that says what to install unless the packages of all peers are there.
-
-    Args:
-        optimizers: Names of settings; all but peers come with what is installed anyway.
-    """
-    missing = {name: PEERS[name] for name in optimizers if name in PEERS}
-    missing = {name: package for name, package in missing.items() if _version(package) is None}
-    if missing:
-        raise ValueError(
-            f"{', '.join(sorted(set(missing.values())))} not installed: run pip install "
-            f'"quadstep-bench[peers]", or leave out {", ".join(sorted(missing))}'
+        Raises:
+            KeyError, TypeError, ValueError: It is not that of a record.
+        """
+        if row["status"] not in get_args(Outcome):
+            raise ValueError(f"unknown status {row['status']!r}")
+        length = len(row["train_loss"])
+        columns = [*row["rate"].values(), *row["reasons"].values()]
+        if {len(row[name]) for name in COLUMNS} != {length} or any(
+            len(column) != length - 1 for column in columns
+        ):
+            raise ValueError("columns of different lengths")
+        return cls(
+            config=parse_config(row),
+            epochs=tuple(_epoch(row, index) for index in range(length)),
+            status=row["status"],
+            environment=environments[row["environment"]],
+            data=row["data"],
+            resumed=tuple((epoch, environments[name]) for epoch, name in row["resumed"]),
         )
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None
+def parse_config(row: Row) -> Config:
+    """Reads the configuration in the row of a run."""
+    return Config(**{field.name: row[field.name] for field in fields(Config)})
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _epoch(row: Row, index: int) -> Epoch:
+    def reasons() -> Iterable[tuple[str, int]]:
+        for reason, counts in row["reasons"].items():
+            if index and counts[index - 1]:
+                yield str(reason), int(counts[index - 1])
 
-
-def _processor() -> str:
-    # `platform.processor` names the model on most systems but not on Linux.
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def read(path: Path) -> Record:
-    """Reads a record; a last line cut short counts as not yet written.
-
-    Raises:
-        RecordError: The file is not a record; names the line and the mend.
-    """
-    *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    header: dict[str, Any] = {}
-    config = None
-    epochs: list[Epoch] = []
-    status = "unfinished"
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line, parse_constant=_refuse)
-            if config is None:
-                header, config = row, _parse_header(row)
-            elif status != "unfinished":
-                raise ValueError("a line after the end")
-            elif row["kind"] == "end":
-                status = _parse_end(row, len(epochs) - 1)
-            else:
-                epochs.append(_parse_epoch(row, len(epochs)))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise _broken(path, number, f"{type(error).__name__}: {error}") from error
-    if config is None:
-        raise _broken(path, 1, f"no header but {cut!r}")
-    return Record(config, header, tuple(epochs), status)
-
-
-def read_all(root: Path) -> list[Record]:
-    """Reads every record in the folder of records `root`, in the order of their paths."""
-    return [read(path) for path in sorted(root.glob("*/*.jsonl"))]
-
-
-def find(config: Config, root: Path) -> Record | None:
-    """Reads the record of a run, whatever its number of epochs, if the folder `root` has one.
-
-    Raises:
-        RecordError: The file is not a record, or that of another configuration.
-    """
-    path = config.path(root)
-    if not path.exists():
-        return None
-    record = read(path)
-    if replace(record.config, epochs=config.epochs) != config:
-        raise RecordError(
-            f"{path} is the record of another configuration, {record.config!r}: "
-            "choose another folder for the results with --out"
-        )
-    return record
-
-
-def write(record: Record, root: Path) -> None:
-    """Writes a record to its place in `root`, whole or not at all."""
-    rows = [record.header | {"config": asdict(record.config)}]
-    rows += [{"kind": "epoch", **asdict(epoch)} for epoch in record.epochs]
-    if record.status != "unfinished":
-        rows.append({"kind": "end", "status": record.status, "epoch": record.epochs[-1].epoch})
-    write_rows(rows, record.config.path(root))
-
-
-def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Writes a line of JSON a row, whole or not at all."""
-    with replacing(path) as file:
-        for row in rows:
-            file.write(json.dumps(finite(row), allow_nan=False).encode() + b"\n")
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Writes a value as JSON to be read by people too, whole or not at all."""
-    with replacing(path) as file:
-        file.write((json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
-
-
-def finite(value: Any) -> Any:
-    """Replaces the numbers that JSON does not have by null, however deep in dicts and lists."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in cast(dict[str, Any], value).items()}
-    if isinstance(value, list):
-        return [finite(item) for item in cast(list[Any], value)]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lays out a table in Markdown, a line a row."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-
-
-@contextmanager
-def replacing(path: Path) -> Generator[BinaryIO]:
-    """Opens a file to be written whole or not at all: what lay at `path` stays until then."""
-    # The process's number keeps two processes that write the same file out of each other's way.
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with draft.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write {path}: {error.strerror}. What was there before is untouched; mend that "
-            "and run the same command again to go on from there",
-        ) from error
-
-
-def _broken(path: Path, line: int, problem: str) -> RecordError:
-    return RecordError(
-        f"{path}, line {line}: {problem}. Restore the file, or delete it to run it again"
-    )
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not a number")
-
-
-def _parse_header(row: dict[str, Any]) -> Config:
-    if row["kind"] != "header" or row["format"] != FORMAT:
-        raise ValueError(f"not a header of format {FORMAT}")
-    return Config(**row["config"])
-
-
-def _parse_epoch(row: dict[str, Any], expected: int) -> Epoch:
-    if row["kind"] != "epoch" or row["epoch"] != expected:
-        raise ValueError(f"not the line of epoch {expected}")
-    rate = row["rate"]
     return Epoch(
-        epoch=expected,
-        train_loss=_number(row["train_loss"]),
-        test_loss=_number(row["test_loss"]),
-        test_accuracy=_number(row["test_accuracy"]),
-        seconds=float(row["seconds"]),
-        forwards=int(row["forwards"]),
-        backwards=int(row["backwards"]),
-        rate=None if rate is None else {name: _number(rate[name]) for name in rate},
-        reasons={str(reason): int(count) for reason, count in row["reasons"].items()},
+        epoch=index,
+        train_loss=number(row["train_loss"][index]),
+        test_loss=number(row["test_loss"][index]),
+        test_accuracy=number(row["test_accuracy"][index]),
+        seconds=float(row["seconds"][index]),
+        forwards=int(row["forwards"][index]),
+        backwards=int(row["backwards"][index]),
+        rate={name: number(values[index - 1]) for name, values in row["rate"].items()}
+        if index
+        else None,
+        reasons=dict(reasons()),
     )
 
 
-def _parse_end(row: dict[str, Any], last: int) -> Outcome:
-    if row["status"] not in get_args(Outcome):
-        raise ValueError(f"unknown status {row['status']!r}")
-    if row["epoch"] != last:
-        raise ValueError(f"the end at epoch {row['epoch']} follows the line of epoch {last}")
-    return row["status"]
+@dataclass(frozen=True)
+class Results:
+    """A folder of results, and where the runs are that have not ended.
+
+    Attributes:
+        root: The folder of results.
+        runs: The folder of checkpoints. It holds a lock, too: only one process at a time writes
+            into the results.
+    """
+
+    root: Path
+    runs: Path
+
+    def collection(self, name: str) -> "Collection":
+        """The training runs that belong together under a name."""
+        return Collection(self, name)
+
+    def environments(self) -> dict[str, Environment]:
+        """Reads the environments by their hashes."""
+        path = self.root / "environments.json"
+        return read_json(path) if path.exists() else {}
+
+    def merge(self, row: Row, path: Path, environments: Iterable[Environment]) -> None:
+        """Adds the row of a run to a file of rows, one a run, sorted by what identifies runs.
+
+        Of two rows of a run that with more epochs stays. A process that is killed meanwhile leaves
+        the file as it was or as it is to be.
+
+        Args:
+            row: The row.
+            path: The file.
+            environments: What its hashes stand for.
+
+        Raises:
+            RecordError: What is there already cannot be read; it stays as it is.
+            OSError: The file cannot be written; what is there already stays.
+        """
+        with self._lock():
+            rows: dict[Any, Row] = {}
+            for line, present in enumerate(read_rows(path), start=1):
+                try:
+                    rows[_order(present)] = present
+                except (KeyError, TypeError, ValueError) as error:
+                    raise damaged(path, line, error) from error
+            place = _order(row)
+            if place in rows and rows[place]["epochs"] > row["epochs"]:
+                return
+            # Before the row that refers to them.
+            self._remember(environments)
+            rows[place] = row
+            write_rows((rows[name] for name in sorted(rows)), path)
+
+    def remember(self, environment: Environment) -> str:
+        """Adds an environment, and returns the hash that stands for it."""
+        with self._lock():
+            self._remember([environment])
+        return key(environment)
+
+    def _lock(self) -> FileLock:
+        self.runs.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.runs / "lock")
+
+    def _remember(self, environments: Iterable[Environment]) -> None:
+        known = self.environments()
+        together = known | {key(environment): environment for environment in environments}
+        if together != known:
+            write_json(dict(sorted(together.items())), self.root / "environments.json")
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _order(row: Row) -> tuple[Any, ...]:
+    config = parse_config(row)
+    return (config.task, *config.identity)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Training runs that belong together, as those of the suite."""
+
+    results: Results
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the records."""
+        return self.results.root / self.name
+
+    def path(self, task: str) -> Path:
+        """The file of the records of a task."""
+        return self.folder / f"{task}.jsonl"
+
+    def checkpoint(self, config: Config) -> Path:
+        """Where the checkpoint of a run lies until the run has ended."""
+        name = f"{config.title}-{config.optimizer}-seed{config.seed}.ckpt"
+        return self.results.runs / self.name / name
+
+    def read(self, task: str) -> list[Record]:
+        """Reads the records of a task.
+
+        Raises:
+            RecordError: The file holds something else; names the line and how to fix it.
+        """
+        path, environments = self.path(task), self.results.environments()
+        records: dict[tuple[Any, ...], Record] = {}
+        for line, row in enumerate(read_rows(path), start=1):
+            try:
+                record = Record.from_row(row, environments)
+                if record.config.task != task or record.config.identity in records:
+                    raise ValueError("a record that belongs elsewhere, or a second one of a run")
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise damaged(path, line, error) from error
+            records[record.config.identity] = record
+        return list(records.values())
+
+    def read_all(self) -> list[Record]:
+        """Reads all records, in the order of tasks' names, optimizers and seeds."""
+        tasks = sorted(path.stem for path in self.folder.glob("*.jsonl"))
+        return [record for task in tasks for record in self.read(task)]
+
+    def find(self, config: Config) -> Record | None:
+        """Reads the record of a run, whatever its number of epochs, if there is one."""
+        found = (each for each in self.read(config.task) if each.config.identity == config.identity)
+        return next(found, None)
+
+    def missing(self, wanted: Iterable[Config]) -> list[Config]:
+        """Lists the runs that have no record of as many epochs, each once."""
+        wanted = dict.fromkeys(wanted)
+        tasks = {config.task for config in wanted}
+        records = {(task, each.config.identity): each for task in tasks for each in self.read(task)}
+        found = {config: records.get((config.task, config.identity)) for config in wanted}
+        return [
+            config
+            for config, record in found.items()
+            if record is None or not record.satisfies(config.epochs)
+        ]
+
+    def add(self, record: Record) -> None:
+        """Adds the record of a run that has ended, see `Results.merge`."""
+        path = self.path(record.config.task)
+        self.results.merge(record.row(), path, record.environments)

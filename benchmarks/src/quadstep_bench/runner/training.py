@@ -21,9 +21,10 @@ from torch.optim import Optimizer
 from quadstep import LQA
 from quadstep_bench.optimizers import builders, check_optimizer
 from quadstep_bench.optimizers.peers import Loss, Peer
-from quadstep_bench.runner import records
+from quadstep_bench.runner.environment import Environment, environment
+from quadstep_bench.runner.files import replacing
 from quadstep_bench.runner.precision import computing_in
-from quadstep_bench.runner.records import Config, Epoch, Outcome, Record
+from quadstep_bench.runner.records import Collection, Config, Epoch, Outcome, Record
 from quadstep_bench.tasks import TASKS, LossName, check_task, models
 from quadstep_bench.tasks import data as data_sets
 from quadstep_bench.tasks.data import Data, batches
@@ -49,22 +50,22 @@ QUANTILES = {"min": 0.0, "q10": 0.1, "median": 0.5, "q90": 0.9, "max": 1.0}
 
 def run(
     config: Config,
+    collection: Collection,
     *,
     data_root: Path | None = None,
-    out: Path,
     device: str = "cpu",
     on_epoch: Callable[[Epoch], object] | None = None,
 ) -> Record:
     """Trains what is missing of a run and returns its record.
 
-    The record is written after each epoch. A checkpoint lies beside it until the run has ended, and
-    the run goes on from there bit for bit. A finished run of fewer epochs stays in its place until
-    the longer one has finished.
+    After each epoch a checkpoint is written, from which the run goes on bit for bit until it has
+    ended and its record is in the collection. A finished run of fewer epochs stays in its place
+    until the longer one has finished.
 
     Args:
         config: The run.
+        collection: Where its record belongs.
         data_root: The folder of the data sets, see `quadstep_bench.tasks.data.load`.
-        out: The folder of the records.
         device: Where to train, in torch's words.
         on_epoch: Called with the last epoch known at the start, then with every new one.
 
@@ -75,28 +76,26 @@ def run(
     """
     check_task(config.task)
     check_optimizer(config.optimizer)
-    checkpoint = config.path(out).with_suffix(".ckpt")
-    kept = records.find(config, out)
-    if kept is not None and kept.satisfies(config.epochs):
+    checkpoint = collection.checkpoint(config)
+    present = collection.find(config)
+    if present is not None and present.satisfies(config.epochs):
         checkpoint.unlink(missing_ok=True)
-        return kept
+        return present
     data = data_sets.load_for(config, data_root).to(device)
     trial = _resume(checkpoint, config, device)
     if trial is None:
         trial = Trial(config, device)
-        trial.header["data"] = data.digest()
+        trial.data = data.digest()
         trial.evaluate(data)
     while True:
+        trial.save(checkpoint)
         record = trial.record()
-        ended = record.status != "unfinished"
-        if ended or kept is None or kept.status == "unfinished":
-            records.write(record, out)
         if on_epoch is not None:
             on_epoch(record.epochs[-1])
-        if ended:
+        if record.status != "unfinished":
+            collection.add(record)
             checkpoint.unlink(missing_ok=True)
             return record
-        trial.save(checkpoint)
         trial.train(data)
 
 
@@ -141,7 +140,11 @@ class Trial:
         self.device = device
         self.model = models.build(config.task).to(device)
         self.optimizer = builders.build(config.optimizer, self.model, self.loss)
-        self.header = records.header(config, threads=torch.get_num_threads(), device=device)
+        self.environment = environment(
+            threads=torch.get_num_threads(), device=device, optimizer=config.optimizer
+        )
+        self.data: str | None = None
+        self.resumed: list[tuple[int, Environment]] = []
         self.epochs: list[Epoch] = []
         self.seconds = 0.0
         self.forwards = 0
@@ -243,7 +246,14 @@ class Trial:
     def record(self) -> Record:
         """Describes the run as far as it came."""
         config = replace(self.config, epochs=max(self.config.epochs, self.epochs[-1].epoch))
-        return Record(config, self.header, tuple(self.epochs), self._status())
+        return Record(
+            config,
+            tuple(self.epochs),
+            self._status(),
+            self.environment,
+            self.data,
+            tuple(self.resumed),
+        )
 
     def _status(self) -> Outcome | Literal["unfinished"]:
         limit = DIVERGED_RATIO * self.epochs[0].train_loss
@@ -256,8 +266,12 @@ class Trial:
     def save(self, path: Path) -> None:
         """Writes all that the run needs to go on from here."""
         state = {
-            "header": self.header,
+            "config": asdict(self.config),
+            "environment": self.environment,
+            "data": self.data,
+            "resumed": self.resumed,
             "epochs": [asdict(epoch) for epoch in self.epochs],
+            "lost": self.lost,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
@@ -266,13 +280,13 @@ class Trial:
         # By way of memory: when the disk is full, torch's own writer hides the reason.
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        with records.replacing(path) as file:
+        with replacing(path) as file:
             file.write(buffer.getbuffer())
 
     def load(self, path: Path) -> None:
         """Takes up the state that was written to `path`."""
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        before = Config(**state["header"]["config"])
+        before = Config(**state["config"])
         if not self.config.extends(before):
             raise ValueError(f"it belongs to {before}")
         self.model.load_state_dict(state["model"])
@@ -280,9 +294,14 @@ class Trial:
         torch.set_rng_state(state["random"])
         torch.cuda.set_rng_state_all(state["random_cuda"])
         self.epochs = [Epoch(**row) for row in state["epochs"]]
+        self.lost = state["lost"]
         last = self.epochs[-1]
         self.seconds, self.forwards, self.backwards = last.seconds, last.forwards, last.backwards
-        self.header = records.resumed(state["header"], self.header, last.epoch)
+        now, self.environment, self.data = self.environment, state["environment"], state["data"]
+        self.resumed = [(epoch, environment) for epoch, environment in state["resumed"]]
+        before = self.resumed[-1][1] if self.resumed else self.environment
+        if now != before:
+            self.resumed.append((last.epoch, now))
 
 
 def _resume(checkpoint: Path, config: Config, device: str) -> Trial | None:

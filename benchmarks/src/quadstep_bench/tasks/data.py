@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quadstep_bench.runner.records import Config, replacing
+from quadstep_bench.runner.files import replacing
+from quadstep_bench.runner.records import Config
 from quadstep_bench.tasks import CHARACTERS, CLASSES, CONTEXT, SHAPES, TASKS, DataName
 
 
@@ -274,7 +275,7 @@ def _text() -> Data:
     """Windows of the sources of Python's standard library, each labelled by its next characters.
 
     Those held out are of other modules. The text is the same wherever the version of Python is: the
-    header of a record holds the digest of what was trained on.
+    record of a run holds the digest of what was trained on.
     """
     train, test = _windows(_TRAINING_MODULES, 4800), _windows(_TEST_MODULES, 1000)
     return Data(train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:])
