@@ -67,7 +67,7 @@ def grid(
     epochs: int | None = None,
     subset: int | None = None,
 ) -> Iterator[Record]:
-    """A figure's whole grid, with `shape(optimizer, epoch)` as the loss; inf ends a run there."""
+    """A figure's full grid, with `shape(optimizer, epoch)` as the loss; inf ends a run there."""
     task = next(name for name in TASKS if TASKS[name].figure == figure)
     epochs = epochs or TASKS[task].epochs
     for optimizer in (*COMPETITORS, *CONFIGURATIONS):

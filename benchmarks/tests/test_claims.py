@@ -170,8 +170,8 @@ def test_instability_of_sgd_and_of_lqa():
     assert verdict("4c", losses(bumpy(0.1), 0.1)) == "fails"
     assert verdict("4c", losses(bumpy(0.0), 0.01)) == "fails"
     assert verdict("4c", losses(lambda epoch: math.inf if epoch > 12 else 1.0, 0.1)) == "fails"
-    calm = figure(5, lambda epoch: bumpy(0.1)(min(epoch, 10)), lambda _, epoch: bumpy(0.1)(epoch))
-    assert verdict("5b", calm) == "holds"
+    smooth = figure(5, lambda epoch: bumpy(0.1)(min(epoch, 10)), lambda _, epoch: bumpy(0.1)(epoch))
+    assert verdict("5b", smooth) == "holds"
     wild = figure(5, bumpy(0.1, start=10), lambda _, epoch: bumpy(0.1)(epoch))
     assert verdict("5b", wild) == "fails"
 
@@ -299,7 +299,7 @@ def test_pages(tmp_path):
     assert by_id["m3"]["lqa"]["verdict"] == "holds"
     assert by_id["1f"]["lqa"]["value"]["lower"]["adagrad-0.1"] is None
     text = page.read_text()
-    assert "Recorded: the whole training set, 50 epochs, 2 seeds." in text
+    assert "Recorded: the full training set, 50 epochs, 2 seeds." in text
     assert text.count("Nothing is recorded yet.") == 4
     for claim in claims.CLAIMS:
         assert f"- {claim.id}: {claim.rule.words}" in text

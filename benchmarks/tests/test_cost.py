@@ -88,10 +88,10 @@ def test_all_turns_end_where_the_first_ended():
         assert ends[0] == ends[1]
 
 
-def test_patience_ends_the_rounds(tmp_path, console, monkeypatch):
-    monkeypatch.setattr(cost, "PATIENCE", 0.0)
+def test_the_time_limit_ends_the_rounds(tmp_path, console, monkeypatch):
+    monkeypatch.setattr(cost, "TIME_LIMIT", 0.0)
     path = cost.measure(results_in(tmp_path), console, names=["logistic"], rounds=9)
-    assert {row["rounds"] for row in json.loads(path.read_text())["rows"]} == {cost.LEAST}
+    assert {row["rounds"] for row in json.loads(path.read_text())["rows"]} == {cost.MIN_ROUNDS}
 
 
 def test_an_unknown_model_is_refused_before_anything_is_measured(tmp_path, console):
@@ -100,9 +100,9 @@ def test_an_unknown_model_is_refused_before_anything_is_measured(tmp_path, conso
 
 
 def test_an_optimizer_that_does_not_settle_down_is_refused(tmp_path, console, monkeypatch):
-    monkeypatch.setattr(cost, "SETTLING", 2)
+    monkeypatch.setattr(cost, "WARM_UP_BLOCKS", 2)
     monkeypatch.setitem(cost.PROBES, "lqa", 0.2)
-    with pytest.raises(ValueError, match="lqa did not settle down within 20 steps"):
+    with pytest.raises(ValueError, match="lqa did not settle within 20 steps"):
         cost.measure(results_in(tmp_path), console, names=["logistic"], rounds=1)
 
 

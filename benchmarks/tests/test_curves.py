@@ -91,7 +91,7 @@ def test_runs_without_an_epoch_and_of_other_tasks_are_left_out():
 def test_words_of_runs_of_different_lengths_and_numbers():
     runs = [record(TASK, "lqa", [2.0, 1.0]), record(TASK, "lqa", [2.0, 1.0, 0.5], seed=1)]
     gathered = curves.gather([*runs, record(TASK, "sgd-0.1", [2.0, 1.0])], TASK)
-    assert curves.describe(gathered) == "the whole training set, 1 to 2 epochs, 1 to 2 seeds"
+    assert curves.describe(gathered) == "the full training set, 1 to 2 epochs, 1 to 2 seeds"
 
 
 def test_words():
@@ -100,7 +100,7 @@ def test_words():
     reduced = record(TASK, "lqa", [2.0, 1.0])
     reduced = replace(reduced, config=replace(reduced.config, precision="bfloat16"))
     assert curves.describe(curves.gather([reduced], TASK)).startswith(
-        "the whole training set in bfloat16, 1 epoch"
+        "the full training set in bfloat16, 1 epoch"
     )
     assert curves.title(TASK) == "Multilayer perceptron on MNIST"
     names = ("sgd-nag-0.01", "sgd-m", "adamw-0.001", "adamw-cosine-0.001", "lqa-auto")

@@ -190,14 +190,14 @@ def test_the_digits_are_split_by_class() -> None:
 
 @pytest.mark.parametrize("size", [10, 11, 126, 1351])
 def test_a_subset_is_balanced_and_keeps_the_order(size: int) -> None:
-    whole, part = load("digits"), load("digits", subset=size)
+    full, part = load("digits"), load("digits", subset=size)
     assert len(part.train_labels) == size
-    counts, most = part.train_labels.bincount(minlength=10), whole.train_labels.bincount()
+    counts, most = part.train_labels.bincount(minlength=10), full.train_labels.bincount()
     assert torch.all((counts >= counts.max() - 1) | (counts == most))
-    assert torch.equal(part.test_inputs, whole.test_inputs)
-    of_class = whole.train_labels == 3
+    assert torch.equal(part.test_inputs, full.test_inputs)
+    of_class = full.train_labels == 3
     kept = part.train_inputs[part.train_labels == 3]
-    assert torch.equal(kept, whole.train_inputs[of_class][: len(kept)])
+    assert torch.equal(kept, full.train_inputs[of_class][: len(kept)])
 
 
 def test_a_subset_of_all_is_all() -> None:
@@ -211,9 +211,9 @@ def test_a_subset_out_of_range_is_refused(subset: int) -> None:
 
 
 def test_held_out_examples_are_chosen_as_those_of_a_subset() -> None:
-    whole, part = load("digits"), load("digits", held_out=50)
+    full, part = load("digits"), load("digits", held_out=50)
     assert part.test_labels.bincount().tolist() == [5] * 10
-    assert torch.equal(part.train_inputs, whole.train_inputs)
+    assert torch.equal(part.train_inputs, full.train_inputs)
     with pytest.raises(ValueError, match="held_out must be between 10 and 445: got 446"):
         load("digits", held_out=446)
 

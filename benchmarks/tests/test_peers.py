@@ -43,14 +43,14 @@ def test_a_peer_trains_and_goes_on_bit_for_bit(name: str, tmp_path: Path) -> Non
     installed(name)
     # Seven steps an epoch: the run stops between two fits of GeN.
     config = Config("mlp-digits", name, seed=0, epochs=8, batch_size=16, subset=100)
-    whole = run(config, collection_in(tmp_path / "whole"))
-    assert whole.epochs[-1].train_loss < whole.epochs[0].train_loss
-    assert PEERS[name] in whole.environment["versions"]
-    assert whole.epochs[-1].backwards == 56
-    assert whole.epochs[-1].forwards == 56 + (3 * 14 if name == "gen" else 0)
+    full = run(config, collection_in(tmp_path / "full"))
+    assert full.epochs[-1].train_loss < full.epochs[0].train_loss
+    assert PEERS[name] in full.environment["versions"]
+    assert full.epochs[-1].backwards == 56
+    assert full.epochs[-1].forwards == 56 + (3 * 14 if name == "gen" else 0)
     with pytest.raises(Stop):
         run(config, collection_in(tmp_path / "parts"), on_epoch=stop)
-    assert rows(run(config, collection_in(tmp_path / "parts"))) == rows(whole)
+    assert rows(run(config, collection_in(tmp_path / "parts"))) == rows(full)
 
 
 @pytest.mark.parametrize("name", ["schedulefree-adamw", "dog"])

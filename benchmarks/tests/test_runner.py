@@ -151,14 +151,14 @@ def stop(at: int, row: Epoch) -> None:
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
     config = replace(CONFIG, optimizer=name, epochs=12)
-    whole = run(config, collection_in(tmp_path / "whole"))
+    full = run(config, collection_in(tmp_path / "full"))
     out = tmp_path / "parts"
     for at in (0, 1, 2, 7, 8, 11):
         with pytest.raises(Stop):
             run(config, collection_in(out), on_epoch=partial(stop, at))
         assert not collection_in(out).read_all()
         torch.rand(at + 1)
-    assert rows(run(config, collection_in(out))) == rows(whole)
+    assert rows(run(config, collection_in(out))) == rows(full)
     assert not collection_in(out).checkpoint(config).exists()
 
 
@@ -166,12 +166,12 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["sgd-m-0.1", "lqa-auto"])
 def test_a_run_goes_on_bit_for_bit_on_an_accelerator(tmp_path: Path, name: str) -> None:
     config = replace(CONFIG, optimizer=name)
-    whole = run(config, collection_in(tmp_path / "whole"), device="cuda")
+    full = run(config, collection_in(tmp_path / "full"), device="cuda")
     with pytest.raises(Stop):
         run(config, collection_in(tmp_path / "parts"), device="cuda", on_epoch=partial(stop, 1))
     parts = run(config, collection_in(tmp_path / "parts"), device="cuda")
-    assert whole.environment["machine"]["device"] == "cuda"
-    assert rows(parts) == rows(whole)
+    assert full.environment["machine"]["device"] == "cuda"
+    assert rows(parts) == rows(full)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -415,7 +415,7 @@ def interruptible() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 def test_a_grid_goes_on_wherever_it_was_ended(tmp_path: Path) -> None:
-    whole = {config: rows(run(config, collection_in(tmp_path / "whole"))) for config in GRID}
+    full = {config: rows(run(config, collection_in(tmp_path / "full"))) for config in GRID}
     out = tmp_path / "parts"
     killed, interrupted = random.randrange(2, 50), random.randrange(60, 110)
 
@@ -441,7 +441,7 @@ def test_a_grid_goes_on_wherever_it_was_ended(tmp_path: Path) -> None:
     assert collection_in(out).missing(GRID)
 
     for config in GRID:
-        assert rows(run(config, collection_in(out))) == whole[config], (killed, interrupted)
+        assert rows(run(config, collection_in(out))) == full[config], (killed, interrupted)
     assert not list(out.rglob("*.ckpt"))
 
 

@@ -62,8 +62,8 @@ def with_held_out(run: Record, losses: Sequence[float]) -> Record:
     return replace(run, epochs=tuple(replace(row, test_loss=loss) for row, loss in rows))
 
 
-def whole(ours: float, best: float, peer: float) -> Iterator[Record]:
-    """The whole suite, recorded with these final losses of 2 at first."""
+def complete(ours: float, best: float, peer: float) -> Iterator[Record]:
+    """The complete suite, recorded with these final losses of 2 at first."""
     for task in SUITE:
         for name in suite_settings():
             tuned = best if name == "adam-0.001" else 2 * best
@@ -175,12 +175,12 @@ def test_held_out_losses_are_compared_at_equal_training_losses(tmp_path: Path) -
     early = ended(TASK, "adam-0.001", [1.0, 0.8], test=0.4)
     (outcome,) = judge([mine, tuned, early])
     assert outcome.score.test_ratio == pytest.approx(0.9 / 0.4)
-    assert outcome.abreast == pytest.approx(0.3 / 0.6)
+    assert outcome.matched == pytest.approx(0.3 / 0.6)
     report, _ = write([outcome], tmp_path)
     assert read_table(report.read_text(), "## Held-out loss")[TASK][-3] == "0.5"
     assert "its held-out loss is 0.5 times the one of that run" in report.read_text()
     (outcome,) = judge([mine, ended(TASK, "sgd-0.1", [1.0, 0.05])])
-    assert outcome.abreast == math.inf
+    assert outcome.matched == math.inf
 
 
 def test_both_losses_count_at_one_time_of_any_run(tmp_path: Path) -> None:
@@ -190,9 +190,9 @@ def test_both_losses_count_at_one_time_of_any_run(tmp_path: Path) -> None:
     peer = with_held_out(ended(TASK, "momo", [1.0, 0.5, 0.3, 0.6]), [1.0, 0.1, 0.4, 0.2])
     lost = ended(TASK, "dog", [1.0, 0.1, math.nan], test=math.nan, status="diverged")
     (outcome,) = judge([mine, tuned, early, lost])
-    assert outcome.both == pytest.approx(0.7 / 0.5)
+    assert outcome.joint == pytest.approx(0.7 / 0.5)
     (outcome,) = judge([mine, tuned, early, peer])
-    assert outcome.both == pytest.approx(0.4 / 0.5)
+    assert outcome.joint == pytest.approx(0.4 / 0.5)
     report, _ = write([outcome], tmp_path)
     assert read_table(report.read_text(), "## Held-out loss")[TASK][-2] == "0.8"
     assert "in both losses at once on 100% of 1 tasks, at worst 0.8." in report.read_text()
@@ -243,13 +243,13 @@ def test_runs_on_different_data_are_not_compared() -> None:
     ],
 )
 def test_the_goals(ours: float, best: float, peer: float, failing: set[str]) -> None:
-    outcomes = judge(whole(ours, best, peer))
+    outcomes = judge(complete(ours, best, peer))
     assert {goal.id for goal in goals(outcomes) if goal.verdict == "fails"} == failing
     assert all(goal.verdict != "not run" and goal.complete for goal in goals(outcomes))
 
 
 def test_one_task_far_behind_is_enough_to_fail() -> None:
-    records = list(whole(0.1, 0.5, 0.5))
+    records = list(complete(0.1, 0.5, 0.5))
     index = next(i for i, run in enumerate(records) if run.config.optimizer == SUBJECT)
     records[index] = ended(records[index].config.task, SUBJECT, [2.0, 0.53])
     assert verdicts(records) == {"a1": "fails", "a2": "fails", "b": "fails", "c": "holds"} | {
@@ -357,12 +357,12 @@ def test_one_setting_for_all_tasks(tmp_path: Path) -> None:
     }
 
 
-def test_the_epoch_to_keep_is_that_of_the_lowest_held_out_loss() -> None:
+def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss() -> None:
     mine = with_held_out(ended(TASK, SUBJECT, [1.0, 0.4]), [0.1, 0.5, 0.3, 0.9])
     (outcome,) = judge([mine, ended(TASK, "sgd-0.1", [1.0, 0.6]), ended(TASK, "dog", [1.0, 0.7])])
     # Before the first epoch nothing has been trained.
-    assert outcome.score.kept_ratio == pytest.approx(0.3 / 0.6)
-    assert outcome.scores["dog"].kept_ratio == pytest.approx(0.7 / 0.6)
+    assert outcome.score.checkpoint_ratio == pytest.approx(0.3 / 0.6)
+    assert outcome.scores["dog"].checkpoint_ratio == pytest.approx(0.7 / 0.6)
 
 
 def test_the_picture(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def _names(listed: str | None) -> list[str] | None:
 
 @contextmanager
 def _wrong_use(option: str | None = None) -> Generator[None]:
-    """Tells what has a wrong value; a broken record tells so itself."""
+    """Tells what has a wrong value; a damaged record tells so itself."""
     try:
         yield
     except RecordError:

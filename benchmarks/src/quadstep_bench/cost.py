@@ -1,10 +1,10 @@
 """Benchmarks: the time and memory that measured rates cost, and how probes had best return.
 
 Everything is measured side by side in one process: the subjects take turns, a block of steps each,
-and ratios are taken within a round of turns, so that whatever else the machine does meets them
-alike. Inputs are random numbers in the shapes of the data sets: what is learned makes no difference
-to memory and little to time (rectifiers that a runaway rate has silenced are quicker). Torch runs
-with as many threads as it is set to.
+and ratios are taken within a round of turns, so that whatever else the machine does affects them
+equally. Inputs are random numbers in the shapes of the data sets: what is learned makes no
+difference to memory and little to time (rectifiers that a runaway rate has set to zero are faster).
+Torch runs with as many threads as it is set to.
 """
 
 # Torch is not typed throughout, and its foreach operations are private in name alone.
@@ -45,10 +45,10 @@ BATCH = 64
 BLOCK = 10
 """How many steps make a turn: the interval between two measurements, at times one more."""
 
-PATIENCE = 300.0
-"""After so many seconds on one model no round begins, but for the first `LEAST`."""
+TIME_LIMIT = 300.0
+"""After so many seconds on one model no round begins, but for the first `MIN_ROUNDS`."""
 
-LEAST = 3
+MIN_ROUNDS = 3
 
 Batch = tuple[Tensor, Tensor]
 
@@ -105,7 +105,7 @@ where the second probe, in one step of a hundred, is left out.
 PAIRS = (*BASES.items(), ("lqa-auto", "sgd"), ("lqa-sgd", "sgd"), ("lqa-adamw", "adamw"))
 """Optimizers, and the bases that their steps are compared with."""
 
-SETTLING = 100
+WARM_UP_BLOCKS = 100
 """How many blocks an optimizer is given to settle down."""
 
 MEMORY_STEPS = 40
@@ -172,7 +172,7 @@ def measure(
 
 
 class Subject:
-    """An optimizer with a model of its own, which takes the same steps at each turn.
+    """An optimizer with a separate copy of the model, which takes the same steps at each turn.
 
     They start from where it has settled down: no turn does other work than the one before.
     """
@@ -183,13 +183,13 @@ class Subject:
         self.batches = batches
         self._train()
         settled = BLOCK * (1.0 + PROBES[name])
-        for _ in range(SETTLING):
+        for _ in range(WARM_UP_BLOCKS):
             self._start = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
             before = self._faults()
             if self._count_forwards() == settled and self._faults() == before:
                 return
         raise ValueError(
-            f"{name} did not settle down within {SETTLING * BLOCK} steps: measure other models"
+            f"{name} did not settle within {WARM_UP_BLOCKS * BLOCK} steps: measure other models"
         )
 
     def turn(self) -> float:
@@ -473,7 +473,7 @@ def _take_turns(
     started = time.perf_counter()
     # Drawn between rounds alone: a thread that draws would take time from what is measured.
     for done in track(range(rounds), label, console=console, transient=True, auto_refresh=False):
-        if done >= LEAST and time.perf_counter() - started > PATIENCE:
+        if done >= MIN_ROUNDS and time.perf_counter() - started > TIME_LIMIT:
             break
         for name, turn in turns.items():
             seconds[name].append(turn())

@@ -114,7 +114,7 @@ class Curve:
 def gather(records: Iterable[Record], task: str) -> dict[str, Curve]:
     """Gathers the runs of a task into curves, by optimizer.
 
-    Runs on the whole training set and on subsets of it, or in other precisions, do not compare: of
+    Runs on the full training set and on subsets of it, or in other precisions, do not compare: of
     these the most numerous are taken, and the larger training set where two are equally many.
     """
     groups: defaultdict[tuple[int | None, Precision], list[Record]] = defaultdict(list)
@@ -144,7 +144,7 @@ def describe(curves: Mapping[str, Curve]) -> str:
     """Says on how much the curves of a task rest: training set, epochs and seeds of each."""
     runs = [run for curve in curves.values() for run in curve.runs]
     subset, precision = runs[0].config.subset, runs[0].config.precision
-    images = "the whole training set" if subset is None else f"{subset:,} of the training images"
+    images = "the full training set" if subset is None else f"{subset:,} of the training images"
     if precision != "float32":
         images += f" in {precision}"
     epochs = _count([run.config.epochs for run in runs], "epoch")

@@ -180,7 +180,7 @@ def _plot_ratios(
         ]
         if places:
             ratios, rows = np.array(places).T
-            # At the edges dots are whole, and all that has diverged is there to be seen.
+            # At the edges dots are not cut, and all that has diverged is there to be seen.
             axes.plot(np.clip(ratios, *_SPAN), rows, linestyle="", clip_on=False, **style)
 
 

@@ -93,7 +93,7 @@ class Job:
         return [param.detach().clone() for param in self.model.parameters()]
 
     def loss(self) -> float:
-        """The loss over the whole training set, of the averaged weights where there are any."""
+        """The loss over the full training set, of the averaged weights where there are any."""
         self.optimizer.eval()
         self.model.eval()
         with torch.no_grad():

@@ -47,7 +47,7 @@ CAP = 100.0
 
 STALLED = 0.9
 """A run has stalled that has not got below this share of its first loss, or of the loss of guessing
-among the classes where that is lower, nor below this share of its own loss halfway."""
+among the classes where that is lower, nor below this share of the loss halfway."""
 
 
 # The runs -----------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class Score:
         test_accuracy: The same of the held-out accuracy; nan if nothing is classified.
         train_ratio: The training loss over that of the hand-tuned optimizer with the lowest one.
         test_ratio: The held-out loss over that of the hand-tuned optimizer with the lowest one.
-        kept_ratio: The same of the held-out losses after the epochs where these are lowest.
+        checkpoint_ratio: The same of the held-out losses after the epochs where these are lowest.
         seconds: The median time that training took.
         seeds: How many runs there are.
         diverged: How many of them have diverged.
@@ -114,7 +114,7 @@ class Score:
     test_accuracy: float
     train_ratio: float
     test_ratio: float
-    kept_ratio: float
+    checkpoint_ratio: float
     seconds: float
     seeds: int
     diverged: int
@@ -133,9 +133,9 @@ class Outcome:
         steps: How many steps a run takes.
         reached: After which share of the steps `SUBJECT` has come down to where the best hand-tuned
             run ends, inf if never; interpolated between epochs on the logarithm of the loss.
-        abreast: The held-out loss of `SUBJECT` after the first epoch at which it is there, over
+        matched: The held-out loss of `SUBJECT` after the first epoch at which it is there, over
             that of `best` at the end; inf if never.
-        both: The lowest held-out loss of any optimizer recorded, after any epoch at which it is
+        joint: The lowest held-out loss of any optimizer recorded, after any epoch at which it is
             there, over that of `best_held_out` at the end: whether both goals can be met at once.
     """
 
@@ -145,8 +145,8 @@ class Outcome:
     best_held_out: str
     steps: int
     reached: float
-    abreast: float
-    both: float
+    matched: float
+    joint: float
 
     @property
     def score(self) -> Score:
@@ -230,7 +230,7 @@ def compare(outcomes: Sequence[Outcome]) -> dict[str, Comparison]:
         columns = [
             [score.train_ratio for score in scores],
             [score.test_ratio for score in scores],
-            [score.kept_ratio for score in scores],
+            [score.checkpoint_ratio for score in scores],
         ]
         training, held_out, best_checkpoint = map(_mean, columns)
         won = (sum(value <= 1.0 for value in ratios) for ratios in columns)
@@ -239,7 +239,7 @@ def compare(outcomes: Sequence[Outcome]) -> dict[str, Comparison]:
 
 
 def ratio(loss: float, other: float) -> float:
-    """Compares two losses, each counted as `FLOOR` at least; to have diverged alike is level."""
+    """Compares two losses, each counted as `FLOOR` at least; two runs that diverged are level."""
     if math.isinf(other):
         return 1.0 if math.isinf(loss) else 0.0
     return max(loss, FLOOR) / max(other, FLOOR)
@@ -258,7 +258,7 @@ def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
     tuned = [name for name in HAND_TUNED if name in curves]
     train = {name: _last(curve.losses) for name, curve in curves.items()}
     test = {name: _last(curve.held_out) for name, curve in curves.items()}
-    kept = {name: _kept(curve.held_out) for name, curve in curves.items()}
+    lowest = {name: _best_checkpoint(curve.held_out) for name, curve in curves.items()}
     best, best_held_out = min(tuned, key=train.__getitem__), min(tuned, key=test.__getitem__)
     subject = curves[SUBJECT]
     steps = max(run.epochs[-1].backwards // (len(run.epochs) - 1) for run in subject.runs)
@@ -272,7 +272,7 @@ def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
                 test_accuracy=_at_end(curve, lambda epoch: epoch.test_accuracy),
                 train_ratio=ratio(train[name], train[best]),
                 test_ratio=ratio(test[name], test[best_held_out]),
-                kept_ratio=ratio(kept[name], min(map(kept.__getitem__, tuned))),
+                checkpoint_ratio=ratio(lowest[name], min(map(lowest.__getitem__, tuned))),
                 seconds=_at_end(curve, lambda epoch: epoch.seconds),
                 seeds=len(curve.runs),
                 diverged=sum(run.status == "diverged" for run in curve.runs),
@@ -284,8 +284,8 @@ def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
         best_held_out=best_held_out,
         steps=steps * epochs,
         reached=max(_reached(subject.median, train[best]) / epochs, 1 / (steps * epochs)),
-        abreast=_abreast(subject, train[best], test[best]),
-        both=_both(curves.values(), train[best], test[best_held_out]),
+        matched=_matched(subject, train[best], test[best]),
+        joint=_joint(curves.values(), train[best], test[best_held_out]),
     )
 
 
@@ -294,7 +294,7 @@ def _last(losses: Array) -> float:
     return float(np.median(np.nan_to_num(losses[:, -1], nan=math.inf, posinf=math.inf)))
 
 
-def _kept(losses: Array) -> float:
+def _best_checkpoint(losses: Array) -> float:
     """The median over the seeds of the lowest loss after any epoch."""
     return float(np.median(np.nan_to_num(losses[:, 1:], nan=math.inf, posinf=math.inf).min(axis=1)))
 
@@ -317,7 +317,7 @@ def _reached(losses: Array, level: float) -> float:
     return after - 1 + (start - math.log(level)) / (start - end)
 
 
-def _abreast(curve: Curve, train_loss: float, test_loss: float) -> float:
+def _matched(curve: Curve, train_loss: float, test_loss: float) -> float:
     """The held-out loss over `test_loss` where the training loss is first down to `train_loss`."""
     reached = np.flatnonzero(curve.median <= max(train_loss, FLOOR))
     if not len(reached):
@@ -325,7 +325,7 @@ def _abreast(curve: Curve, train_loss: float, test_loss: float) -> float:
     return ratio(float(np.median(curve.held_out[:, reached[0]])), test_loss)
 
 
-def _both(curves: Iterable[Curve], train_loss: float, test_loss: float) -> float:
+def _joint(curves: Iterable[Curve], train_loss: float, test_loss: float) -> float:
     """The lowest held-out loss over `test_loss` where a training loss is down to `train_loss`."""
     return min(
         (
@@ -547,13 +547,13 @@ def _report(outcomes: Sequence[Outcome]) -> str:
                 SUBJECT,
                 "ratio",
                 *VARIANTS,
-                "abreast",
-                "both",
+                "matched",
+                "joint",
                 "accuracy",
             ],
             [_held_out_row(outcome) for outcome in outcomes],
         ),
-        *_abreast_lines(outcomes),
+        *_matched_lines(outcomes),
         *_scheduled_lines(outcomes),
         *_peer_lines(outcomes),
         *_untuned_lines(outcomes),
@@ -588,16 +588,16 @@ def _held_out_row(outcome: Outcome) -> list[str]:
         _loss(outcome.scores[outcome.best_held_out].test_loss),
         _loss(outcome.score.test_loss),
         *_ratios(outcome, [SUBJECT, *VARIANTS], lambda score: score.test_ratio),
-        _times(outcome.abreast),
-        _times(outcome.both),
+        _times(outcome.matched),
+        _times(outcome.joint),
         _accuracy(outcome, HAND_TUNED),
     ]
 
 
-def _abreast_lines(outcomes: Sequence[Outcome]) -> list[str]:
+def _matched_lines(outcomes: Sequence[Outcome]) -> list[str]:
     if not outcomes:
         return []
-    ratios = [outcome.abreast for outcome in outcomes]
+    ratios = [outcome.matched for outcome in outcomes]
     return [
         "",
         f"Where the training loss of `{SUBJECT}` is first down to where the run with the lowest "
@@ -607,7 +607,7 @@ def _abreast_lines(outcomes: Sequence[Outcome]) -> list[str]:
         "",
         "Some setting of all those recorded, chosen afterwards on each task together with the "
         "epoch to stop at, is at or below the best hand-tuned optimizer in both losses at once on "
-        f"{_level([outcome.both for outcome in outcomes])[1]}.",
+        f"{_level([outcome.joint for outcome in outcomes])[1]}.",
     ]
 
 
@@ -702,14 +702,14 @@ def _untuned_lines(outcomes: Sequence[Outcome]) -> list[str]:
         "What a user gets who tunes nothing: final losses as multiples of those of the best "
         f"hand-tuned optimizer, which is another one on each task, as geometric means over "
         f"{len(outcomes)} tasks (a ratio and its inverse count as {CAP:g} at most), and on how "
-        "many tasks they are at or below it; *kept*: the held-out loss of the epoch where it is "
-        "lowest, as one has it who validates after each and keeps the best, over the lowest such "
-        "loss of any hand-tuned optimizer.",
+        "many tasks they are at or below it; *best checkpoint*: the held-out loss of the epoch "
+        "where it is lowest, as one has it who validates after each and keeps the best, over the "
+        "lowest such loss of any hand-tuned optimizer.",
         "",
         *format_table(
             [
-                *("setting", "training", "held-out", "kept"),
-                *("tasks, training", "tasks, held-out", "tasks, kept"),
+                *("setting", "training", "held-out", "best checkpoint"),
+                *("tasks, training", "tasks, held-out", "tasks, best checkpoint"),
             ],
             rows,
         ),
@@ -780,9 +780,9 @@ def _share(value: float) -> str:
 _READING = f"""
 ## How to read it
 
-- Losses are those at the end of a run, over the whole training set and the held-out set, in
+- Losses are those at the end of a run, over the full training set and the held-out set, in
   evaluation mode; medians over n seeds. A run that has diverged counts as an infinite loss.
-- A loss below {FLOOR:g} counts as {FLOOR:g}, in ratios and in steps alike: two models that fit
+- A loss below {FLOOR:g} counts as {FLOOR:g}, in ratios and in steps: two models that fit
   their data are level, and rounding does not decide between them.
 - The best hand-tuned optimizer is chosen on each task by the very loss that it is compared by, for
   training and held-out loss separately, with the same seeds: the choice is in its favour.
@@ -792,10 +792,10 @@ _READING = f"""
 - *steps*: after which share of its steps `{SUBJECT}` has come down to where the best hand-tuned run
   ends, between epochs on the logarithm of the loss. A task on which it is not reached makes goal b
   fail.
-- *abreast*: the held-out loss of `{SUBJECT}` after the first epoch at which its training loss is
+- *matched*: the held-out loss of `{SUBJECT}` after the first epoch at which its training loss is
   at or below that of the best hand-tuned optimizer for training, over the held-out loss of that
   one.
-- *both*: the lowest held-out loss of any setting recorded, after any epoch at which its training
+- *joint*: the lowest held-out loss of any setting recorded, after any epoch at which its training
   loss is at or below that of the best hand-tuned optimizer for training, over the held-out loss of
   the best one for that: where it is above 1 no setting has met both goals at any time.
 - *accuracy*: of `{SUBJECT}` on the held-out set, beside the highest of any hand-tuned optimizer,

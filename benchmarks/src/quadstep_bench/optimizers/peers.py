@@ -1,7 +1,7 @@
 """Peers: optimizers of other packages that want no rate, at their defaults.
 
 Each is driven as its own documentation says. What that takes beyond `step()` is kept here, so that
-a run drives them all alike.
+a run drives them all in one way.
 """
 
 # The packages are optional and not typed.
@@ -90,7 +90,7 @@ class Peer:
 
 
 class _ScheduleFree(Peer):
-    """Evaluates at the average, where batch normalisation needs statistics of its own."""
+    """Evaluates at the average, where batch normalisation needs separate statistics."""
 
     def __init__(self, optimizer: Any, model: nn.Module, loss: Loss) -> None:
         super().__init__(optimizer, model, loss)

@@ -126,7 +126,7 @@ CLAIMS = (
     Claim(
         "1c",
         "section 4.1",
-        "LQA stays below the SGD family during the whole run",
+        "LQA stays below the SGD family throughout the run",
         against(LOGISTIC, SGD_FAMILY, below(EVERY)),
     ),
     Claim(
@@ -344,7 +344,7 @@ _READING = f"""
   quantiles beside it are those of the same model.
 - ∞: the run has diverged, or the level was never reached. A diverged run counts as an infinite
   loss from the epoch at which it was given up.
-- What the paper grants to others, or says of its own unsteady start, is no condition: LQA may do
+- What the paper grants to others, or says of its unsteady start, is no condition: LQA may do
   better than that.
 """
 
@@ -354,7 +354,7 @@ _DIFFERENCES = """
 The paper says that all parameters start at zero. That holds here for logistic regression alone: a
 multilayer perceptron or a convolutional network whose weights are all zero gives every hidden unit
 the same zero gradient and never trains, so these start from torch's default initialisation. The
-paper's "iteration" is an epoch here. The training loss is measured over the whole training set
+paper's "iteration" is an epoch here. The training loss is measured over the full training set
 after each epoch, in evaluation mode, and for `lqa-auto` at the averaged weights. Hyperparameters
 that the paper leaves open are torch's defaults. Figure 5 may rest on a part of the training set,
 fewer epochs and a coarser precision, as its section says, and there on one rate a family, which is

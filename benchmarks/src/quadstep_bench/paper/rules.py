@@ -447,7 +447,7 @@ def _best(curves: Mapping[str, Curve], family: str) -> Curve:
 def _entrant(curves: Mapping[str, Curve], family: str) -> Curve:
     """The curve of a family that LQA is compared with: that of its best rate.
 
-    On the whole training set all rates are to be there; on a part of it one that was chosen
+    On the full training set all rates are to be there; on a part of it one that was chosen
     elsewhere is enough.
     """
     rivals = [name for name, row in COMPETITORS.items() if row.family == family]

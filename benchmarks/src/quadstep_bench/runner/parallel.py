@@ -72,7 +72,7 @@ def execute(
         Progress(*columns, speed_estimate_period=3600) as progress,
         _pool(workers) as (pool, reports),
     ):
-        board = _Board(progress, todo)
+        display = _ProgressDisplay(progress, todo)
         pending = {
             pool.submit(_work, config, collection, data_root, device): config for config in todo
         }
@@ -80,13 +80,13 @@ def execute(
         while pending:
             done, _ = wait(pending, timeout=0.25, return_when=FIRST_COMPLETED)
             while not reports.empty():
-                board.report(*reports.get())
+                display.report(*reports.get())
             for future in done:
-                failures += not board.end(pending.pop(future), future)
+                failures += not display.end(pending.pop(future), future)
     return failures
 
 
-class _Board:
+class _ProgressDisplay:
     """The progress shown: a bar for all that is left to train, and one for each run under way."""
 
     def __init__(self, progress: Progress, todo: Sequence[Config]) -> None:

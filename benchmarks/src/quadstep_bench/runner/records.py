@@ -38,7 +38,7 @@ class Config:
     Attributes:
         task: A name of `quadstep_bench.tasks.TASKS`.
         optimizer: A name of `quadstep_bench.optimizers.settings` or `suite_settings`.
-        seed: Determines the first weights and the order of the batches, for all optimizers alike.
+        seed: Determines the first weights and the order of the batches, for all optimizers.
         epochs: Passes over the training set.
         batch_size: Examples a step.
         subset: How many examples to keep of the training set; all of them if `None`.
@@ -72,7 +72,7 @@ class Config:
         return name if self.precision == "float32" else f"{name}-{self.precision}"
 
     def extends(self, other: "Config") -> bool:
-        """Whether a run goes on from another: it has but a number of epochs of its own.
+        """Whether a run goes on from another: they differ in the number of epochs alone.
 
         Where a schedule is stretched over the run, that number makes it another run.
         """
@@ -97,7 +97,7 @@ class Epoch:
 
     Attributes:
         epoch: How many epochs have been trained.
-        train_loss: Loss over the whole training set.
+        train_loss: Loss over the full training set.
         test_loss: Loss over the test set.
         test_accuracy: Share of the test set classified rightly; nan where nothing is classified.
         seconds: Time spent training so far, evaluation excluded.
