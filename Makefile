@@ -4,13 +4,13 @@ BIN := .venv/bin
 
 .PHONY: demo docs lint test test-fast format clean
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml benchmarks/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable benchmarks --constraint constraints.txt
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/quadstep demo
+	$(BIN)/quadstep-bench demo
 
 # The same checks before a commit (.pre-commit-config.yaml) and in `make test`.
 lint: .venv/installed

@@ -1,0 +1,1 @@
+"""Experiments with quadstep: tasks, optimizers, runs, and the reports written from them."""

@@ -1,0 +1,64 @@
+"""The optimizers of the comparisons: competitors, the configurations of LQA, and peers."""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from quadstep import LQA
+from quadstep_bench.optimizers import HAND_TUNED, PEERS, SCHEDULED, WARM_UP, check_optimizer, peers
+from quadstep_bench.optimizers.peers import Loss, Peer
+
+# What the paper leaves open is torch's default.
+_FAMILIES: dict[str, Callable[..., Optimizer]] = {
+    "sgd": SGD,
+    "sgd-m": partial(SGD, momentum=0.9),
+    "sgd-nag": partial(SGD, momentum=0.9, nesterov=True),
+    "adagrad": Adagrad,
+    "rmsprop": RMSprop,
+    "adam": Adam,
+    "adamw": AdamW,
+}
+
+BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
+    **{
+        name: partial(_FAMILIES[row.family], lr=row.rate)
+        for name, row in (HAND_TUNED | SCHEDULED).items()
+    },
+    "lqa-paper": LQA.paper,
+    "lqa": partial(LQA, direction="sgd", averaging=None),
+    "lqa-adamw": lambda params: LQA(AdamW(params)),
+    "lqa-auto": LQA,
+    "lqa-auto-decay": partial(LQA, weight_decay=0.1),
+}
+
+
+def build(name: str, model: nn.Module, loss: Loss = functional.cross_entropy) -> Optimizer | Peer:
+    """Builds the optimizer of a setting for a model that is trained to lower a loss.
+
+    Raises:
+        ValueError: The name is unknown, or it is that of a peer whose package is not installed.
+    """
+    check_optimizer(name)
+    if name in PEERS:
+        return peers.build(name, model, loss)
+    return BUILDERS[name](model.parameters())
+
+
+def schedule(name: str, optimizer: Optimizer | Peer, progress: float) -> None:
+    """Sets the rate of a scheduled setting: a linear warm-up, then half a cosine down to zero.
+
+    Args:
+        name: Of the setting; nothing is done for one without a schedule.
+        optimizer: What `build` made of it.
+        progress: Where the step is in the run, from 0 to 1.
+    """
+    if name not in SCHEDULED:
+        return
+    fallen = max(0.0, progress - WARM_UP) / (1.0 - WARM_UP)
+    share = min(progress / WARM_UP, 1.0) * 0.5 * (1.0 + math.cos(math.pi * fallen))
+    for group in optimizer.param_groups:
+        group["lr"] = share * SCHEDULED[name].rate

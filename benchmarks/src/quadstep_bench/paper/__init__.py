@@ -1,0 +1,1 @@
+"""The paper: the runs of its figures, and the claims of its section 4."""

@@ -1,0 +1,225 @@
+"""Reports: every figure, table and verdict, written from the records in `results/` alone."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from quadstep_bench import figures, suite
+from quadstep_bench.curves import FIGURES, gather
+from quadstep_bench.markdown import format_table
+from quadstep_bench.optimizers import BASES, COMPETITORS, LQA_SETTINGS
+from quadstep_bench.paper import claims
+from quadstep_bench.runner.environment import SOURCES, Environment
+from quadstep_bench.runner.files import read_json, read_rows
+from quadstep_bench.runner.records import Record, Results
+
+PROVENANCE = "\n## Provenance\n"
+"""The heading of the section that says what the numbers of a report were measured with."""
+
+OTHERS = "runs of other optimizers"
+
+KINDS = ("runs of LQA", "line searches", "cost measurements", OTHERS)
+
+Uses = Iterable[tuple[str, Iterable[Environment]]]
+"""Measurements: of which of `KINDS`, and all environments of each."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is decided from the records, and the files it was written to."""
+
+    verdicts: claims.Verdicts
+    outcomes: list[suite.Outcome]
+    files: list[Path]
+
+
+def write(results: Results, out: Path) -> Report:
+    """Writes every figure, table and verdict.
+
+    Args:
+        results: Where the records are.
+        out: The folder for the pages, and for `figures`.
+
+    Raises:
+        RecordError: A record cannot be read.
+        OSError: A file cannot be written.
+    """
+    evidence = claims.gather_evidence(results)
+    verdicts = claims.measure(evidence)
+    runs = results.collection("suite").read_all()
+    outcomes = suite.judge(runs)
+    of_paper = [*_trained(evidence.records), *_measured(results)]
+    files = [
+        *claims.write(evidence, verdicts, out, provenance(of_paper)),
+        *suite.write(outcomes, out, provenance(_trained(runs))),
+        *figures.draw(evidence.records, out / "figures"),
+    ]
+    if outcomes:
+        files += figures.draw_suite(outcomes, out / "figures")
+    return Report(verdicts, outcomes, files)
+
+
+def check(results: Results) -> list[Path]:
+    """Lists the files in the folder of results that differ from what the records give.
+
+    Pictures are compared by their pixels. Sections on provenance are left out, since each change to
+    the library would make them differ.
+    """
+    with TemporaryDirectory() as folder:
+        out = Path(folder)
+        fresh = write(results, out).files
+        return [
+            present
+            for path in fresh
+            if not _same(path, present := results.root / path.relative_to(out))
+        ]
+
+
+def _same(fresh: Path, present: Path) -> bool:
+    if not present.exists():
+        return False
+    if fresh.suffix == ".png":
+        from matplotlib.image import imread
+
+        return np.array_equal(imread(fresh), imread(present))
+    texts = (path.read_text().partition(PROVENANCE)[0] for path in (fresh, present))
+    return len({*texts}) == 1
+
+
+# Provenance ---------------------------------------------------------------------------------------
+
+
+def provenance(uses: Uses) -> str:
+    """Writes with which sources of the library the numbers of a report were measured.
+
+    Args:
+        uses: The measurements. One that went on under other sources than it began with counts in
+            the row of both together.
+    """
+    counts: defaultdict[tuple[str | None, ...], Counter[str]] = defaultdict(Counter)
+    revisions: defaultdict[tuple[str | None, ...], set[str]] = defaultdict(set)
+    for kind, environments in uses:
+        sources = tuple(dict.fromkeys(each["sources"] for each in environments))
+        counts[sources][kind] += 1
+        for each in environments:
+            revision = (each["revision"] or "none")[:7]
+            revisions[sources].add(f"{revision} (changed)" if each["dirty"] else revision)
+    totals = sum(counts.values(), Counter[str]())
+    kinds = [kind for kind in KINDS if totals[kind]]
+    if not kinds:
+        return ""
+
+    def order(sources: tuple[str | None, ...]) -> tuple[bool, list[int], int, str]:
+        row = [-counts[sources][kind] for kind in kinds]
+        return sources != (SOURCES,), row, len(sources), str(sources)
+
+    present = counts.get((SOURCES,), Counter[str]())
+    shares = [f"{present[kind]} of {totals[kind]} {kind}" for kind in kinds if kind != OTHERS]
+    rows = [
+        [
+            " then ".join(f"`{name}`" if name else "unknown" for name in sources)
+            + " (present)" * (sources == (SOURCES,)),
+            ", ".join(sorted(revisions[sources])),
+            *(str(counts[sources][kind] or "") for kind in kinds),
+        ]
+        for sources in sorted(counts, key=order)
+    ]
+    return "\n".join(
+        [
+            PROVENANCE,
+            "A hash identifies the sources of the library, which decide its steps. The present "
+            f"ones, as of this report, are `{SOURCES}`. Measured with them: "
+            f"{', '.join(shares) or 'nothing'}. Other optimizers do not depend on them.",
+            "",
+            *format_table(["sources", "revisions", *kinds], rows),
+            "",
+        ]
+    )
+
+
+def _trained(records: Iterable[Record]) -> Uses:
+    for record in records:
+        ours = record.config.optimizer in LQA_SETTINGS
+        yield "runs of LQA" if ours else OTHERS, record.environments
+
+
+def _measured(results: Results) -> Uses:
+    environments = results.environments()
+    for row in read_rows(results.root / "lines.jsonl"):
+        yield "line searches", [environments[row["environment"]]]
+    path = results.root / "bench" / "cost.json"
+    if path.exists():
+        yield "cost measurements", [environments[read_json(path)["environment"]]]
+
+
+# Headline numbers ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The headline numbers of a setting.
+
+    Attributes:
+        setting: Its name.
+        tasks: How many tasks of the suite it is recorded on.
+        suite: How it compares with the best hand-tuned setting on each task, see
+            `quadstep_bench.suite.Comparison`.
+        figures: For each figure of the paper its final training loss and the lowest of a
+            competitor; medians over the seeds, infinite if diverged.
+        costs: The time a step over that of the base optimizer, by model, for each measurement in
+            `results/bench` by its label: "" is that of `cost.json`, "cuda" that of
+            `cost-cuda.json`.
+    """
+
+    setting: str
+    tasks: int
+    suite: suite.Comparison
+    figures: Mapping[int, tuple[float, float]]
+    costs: Mapping[str, Mapping[str, float]]
+
+
+def numbers(root: Path = Path("results"), setting: str = suite.SUBJECT) -> Numbers:
+    """Computes the headline numbers of a setting from the records.
+
+    Args:
+        root: The folder of results.
+        setting: One of `quadstep_bench.optimizers.CONFIGURATIONS` that the suite has.
+
+    Example:
+        >>> found = numbers()
+        >>> f"{found.suite.training:.2f}", found.suite.won_training, found.tasks
+        >>> f"{found.costs['']['resnet18']:.2f}"
+    """
+    results = Results(root, root)
+    outcomes = suite.judge(results.collection("suite").read_all())
+    return Numbers(
+        setting,
+        len(outcomes),
+        suite.compare(outcomes)[setting],
+        _final_losses(results.collection("records").read_all(), setting),
+        {
+            path.stem.removeprefix("cost").removeprefix("-"): {
+                row["model"]: row["ratio"]
+                for row in read_json(path)["rows"]
+                if (row["optimizer"], row["base"]) == (setting, BASES[setting])
+            }
+            for path in sorted((root / "bench").glob("cost*.json"))
+        },
+    )
+
+
+def _final_losses(records: Iterable[Record], setting: str) -> dict[int, tuple[float, float]]:
+    records = list(records)
+    losses: dict[int, tuple[float, float]] = {}
+    for figure, task in FIGURES.items():
+        curves = gather(records, task)
+        rivals = [curve for name, curve in curves.items() if name in COMPETITORS]
+        if setting in curves and rivals:
+            last = [float(curve.trained[-1]) for curve in (curves[setting], *rivals)]
+            losses[figure] = last[0], min(last[1:], default=math.inf)
+    return losses

@@ -1,0 +1,1 @@
+"""Training runs: what determines one, what it records, and running many at a time."""
