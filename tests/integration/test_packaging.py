@@ -213,7 +213,8 @@ class TestSdist:
 
     def test_it_leaves_the_experiments_out(self, sdist):
         assert {"src", "tests", "docs"} <= {path.name for path in sdist.iterdir()}
-        assert not {"benchmarks", "results"} & {path.name for path in sdist.iterdir()}
+        assert not (sdist / "benchmarks").exists()
+        assert not [*(sdist / "results").rglob("*.jsonl")]
 
     def test_all_of_its_tests_are_found(self, pytest_in_sdist):
         pytest_in_sdist("--collect-only")

@@ -23,9 +23,9 @@ SETTINGS = {
 }
 COST_RECORDS = {
     "processor": "cost.json",
-    "the same, another hour": "small/cost.json",
-    "processor with AVX2 only, earlier": "avx2/cost.json",
-    "H100, earlier": "cuda/cost.json",
+    "the same, another hour": "cost-small.json",
+    "processor with AVX2 only, earlier": "cost-avx2.json",
+    "H100, earlier": "cost-cuda.json",
 }
 
 SENTENCES = (
@@ -89,7 +89,7 @@ def recorded() -> dict[str, Any]:
     tasks = len(table(suite, "## The tasks"))
     training, held_out = table(suite, "## Training loss"), table(suite, "## Held-out loss")
     ratios = sorted((float(row[3]) for row in held_out.values()), reverse=True)
-    h100 = sorted(costs("cuda/cost.json", "lqa-auto").values())
+    h100 = sorted(costs("cost-cuda.json", "lqa-auto").values())
     wins = sum(float(row[3]) <= 1.0 for row in training.values())
     assert [wins, sum(ratio <= 1.0 for ratio in ratios)] == [
         int(count) for count in settings["lqa-auto"][3:5]
