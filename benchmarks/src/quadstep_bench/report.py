@@ -241,7 +241,7 @@ def _final_losses(records: Iterable[Record], setting: str) -> dict[int, FinalLos
             for name, curve in curves.items()
             if curve.length >= epochs > 0
         }
-        best = min(losses.keys() & COMPETITORS, key=losses.__getitem__, default=None)
+        best = min(sorted(losses.keys() & COMPETITORS), key=losses.__getitem__, default=None)
         if best is not None:
             found[figure] = FinalLosses(epochs, losses[setting], losses[best], best)
     return found
