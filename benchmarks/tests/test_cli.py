@@ -173,6 +173,7 @@ def test_lines(run, tmp_path):
     assert [(row["optimizer"], len(row["step"])) for row in rows] == [("lqa", 2), ("lqa-auto", 2)]
 
 
+@pytest.mark.slow
 def test_bench(run, monkeypatch, tmp_path):
     from quadstep_bench import cost, soak
 

@@ -1,6 +1,5 @@
 """Reports: every figure, table and verdict, written from the records in `results/` alone."""
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -161,6 +160,23 @@ def _measured(results: Results) -> Uses:
 
 
 @dataclass(frozen=True)
+class FinalLosses:
+    """Training losses at the end of the runs of a figure, medians over the seeds.
+
+    Attributes:
+        epochs: After how many epochs: as many as all seeds of the setting have.
+        loss: That of the setting; infinite if diverged.
+        best: The lowest of a competitor that was trained for as long.
+        competitor: Which one that is.
+    """
+
+    epochs: int
+    loss: float
+    best: float
+    competitor: str
+
+
+@dataclass(frozen=True)
 class Numbers:
     """The headline numbers of a setting.
 
@@ -169,8 +185,7 @@ class Numbers:
         tasks: How many tasks of the suite it is recorded on.
         suite: How it compares with the best hand-tuned setting on each task, see
             `quadstep_bench.suite.Comparison`.
-        figures: For each figure of the paper its final training loss and the lowest of a
-            competitor; medians over the seeds, infinite if diverged.
+        figures: Its final training losses beside those of the competitors, by figure of the paper.
         costs: The time a step over that of the base optimizer, by model, for each measurement in
             `results/bench` by its label: "" is that of `cost.json`, "cuda" that of
             `cost-cuda.json`.
@@ -179,7 +194,7 @@ class Numbers:
     setting: str
     tasks: int
     suite: suite.Comparison
-    figures: Mapping[int, tuple[float, float]]
+    figures: Mapping[int, FinalLosses]
     costs: Mapping[str, Mapping[str, float]]
 
 
@@ -213,13 +228,20 @@ def numbers(root: Path = Path("results"), setting: str = suite.SUBJECT) -> Numbe
     )
 
 
-def _final_losses(records: Iterable[Record], setting: str) -> dict[int, tuple[float, float]]:
+def _final_losses(records: Iterable[Record], setting: str) -> dict[int, FinalLosses]:
     records = list(records)
-    losses: dict[int, tuple[float, float]] = {}
+    found: dict[int, FinalLosses] = {}
     for figure, task in FIGURES.items():
         curves = gather(records, task)
-        rivals = [curve for name, curve in curves.items() if name in COMPETITORS]
-        if setting in curves and rivals:
-            last = [float(curve.trained[-1]) for curve in (curves[setting], *rivals)]
-            losses[figure] = last[0], min(last[1:], default=math.inf)
-    return losses
+        if setting not in curves:
+            continue
+        epochs = curves[setting].length
+        losses = {
+            name: float(curve.trained[epochs - 1])
+            for name, curve in curves.items()
+            if curve.length >= epochs > 0
+        }
+        best = min(sorted(losses.keys() & COMPETITORS), key=losses.__getitem__, default=None)
+        if best is not None:
+            found[figure] = FinalLosses(epochs, losses[setting], losses[best], best)
+    return found

@@ -38,6 +38,12 @@ def replacing(path: Path) -> Generator[BinaryIO]:
         ) from error
 
 
+def delete_drafts(path: Path) -> None:
+    """Deletes what processes left that were killed while they wrote a file, if nobody writes it."""
+    for draft in path.parent.glob(f"{path.name}.*.tmp"):
+        draft.unlink()
+
+
 def write_text(text: str, path: Path) -> None:
     """Writes a text."""
     with replacing(path) as file:

@@ -20,6 +20,7 @@ from quadstep_bench.runner.environment import Environment, key
 from quadstep_bench.runner.files import (
     Row,
     damaged,
+    delete_drafts,
     number,
     read_json,
     read_rows,
@@ -266,6 +267,7 @@ class Results:
             OSError: The file cannot be written; what is there already stays.
         """
         with self._lock():
+            delete_drafts(path)
             rows: dict[Any, Row] = {}
             for line, present in enumerate(read_rows(path), start=1):
                 try:
@@ -291,10 +293,11 @@ class Results:
         return FileLock(self.runs / "lock")
 
     def _remember(self, environments: Iterable[Environment]) -> None:
-        known = self.environments()
+        path, known = self.root / "environments.json", self.environments()
+        delete_drafts(path)
         together = known | {key(environment): environment for environment in environments}
         if together != known:
-            write_json(dict(sorted(together.items())), self.root / "environments.json")
+            write_json(dict(sorted(together.items())), path)
 
 
 def _order(row: Row) -> tuple[Any, ...]:
