@@ -78,17 +78,21 @@ def check(state_dict: dict[str, Any], scalars: dict[str, Any]) -> None:
             )
 
 
-def replace_scalars(group: dict[str, Any], scalars: dict[str, Any]) -> None:
-    """Replaces the scalars of the state in the first group."""
-    for key in [key for key in group if key.startswith(PREFIX) and key != RATE]:
+def scalars_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The scalars of the state in a group."""
+    return {key: group[key] for key in group if key.startswith(PREFIX) and key != RATE}
+
+
+def clear_scalars(group: dict[str, Any]) -> None:
+    """Removes the scalars of the state from a group."""
+    for key in scalars_of(group):
         del group[key]
-    group.update({key: value for key, value in scalars.items() if key.startswith(PREFIX)})
 
 
 def carry_scalars(known: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """Copies the known scalars to the first group if another has taken its place; returns it."""
     if group is not known and VERSION not in group:
-        replace_scalars(group, {key: value for key, value in known.items() if key != RATE})
+        group.update(scalars_of(known))
     return group
 
 

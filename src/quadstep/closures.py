@@ -186,7 +186,7 @@ class Probes:
     scalars: dict[str, Any]
     before: Snapshot
     with_gradients: bool = False  # enabled on trial
-    dtype: torch.dtype = torch.float64  # of the last loss
+    dtype: torch.dtype | None = None  # of the first loss
 
     @property
     def have_gradients(self) -> bool:
@@ -224,7 +224,7 @@ class Probes:
         ):
             loss = self.closure()
         check_loss(loss, "closure")
-        self.dtype = loss.dtype
+        self.dtype = self.dtype or loss.dtype
         return reading(loss)
 
 

@@ -75,6 +75,9 @@ class GroupOptimizer(Optimizer):
         self._scalars: dict[str, Any] = {}
         groups: Any = params if base is None else base.param_groups
         super().__init__(groups, defaults if base is None else base.defaults)
+        for group in self.param_groups:
+            # A wrapped optimizer, or a list of groups, may have served another LQA before.
+            checkpoint.clear_scalars(group)
         self._scalars = strategies.initial_scalars()
         self._adopt()
 
@@ -105,7 +108,6 @@ class GroupOptimizer(Optimizer):
         if (base := self.strategies.direction.base) is not None:
             base.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._adopt()
-        self.strategies.schedule.load(self._scalars)
         self.strategies.update.load(self.param_groups, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

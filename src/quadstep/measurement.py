@@ -61,17 +61,13 @@ class Schedule:
 
         A process that took over the state of another may know fewer than the others.
         """
-        losses = scalars[RECENT_LOSSES]
+        losses = _known_losses(scalars)
         return [*losses, *[math.nan] * (self.kept_losses - len(losses))]
 
     def save(self, saved: Scalars) -> None:
         """Converts the losses of a state dict to numbers, as many as a fresh optimizer has."""
         losses = map(float, self.padded_losses(saved))
         saved[RECENT_LOSSES] = [None if math.isnan(loss) else loss for loss in losses] or [None]
-
-    def load(self, scalars: Scalars) -> None:
-        """Takes over the losses of a loaded state."""
-        scalars[RECENT_LOSSES] = [loss for loss in scalars[RECENT_LOSSES] if loss is not None]
 
     def is_audit(self, scalars: Scalars) -> bool:
         """Whether the next measurement compares the loss with itself at the same parameters."""
@@ -92,9 +88,9 @@ class Schedule:
 
     def record_step(self, scalars: Scalars, decision: Decision, loss: Tensor) -> None:
         """Records a step, and when to measure next: at once until the rate has settled."""
-        losses = scalars[RECENT_LOSSES]
+        losses = _known_losses(scalars)
         if decision.reason is not Reason.HELD:
-            losses.clear()
+            losses = []
             scalars[WAIT] = self._interval(scalars) - 1 if decision.settled else 0
             succeeded = decision.step and decision.reason is not Reason.CONCAVE
             scalars[FAILED] = 0 if succeeded else scalars[FAILED] + 1
@@ -102,8 +98,7 @@ class Schedule:
             # A measurement that is due stays so, and a step that moves nothing does not count.
             scalars[WAIT] -= 1
         if self.kept_losses:
-            losses.append(reading(loss))
-            del losses[: -self.kept_losses]
+            scalars[RECENT_LOSSES] = [*losses, reading(loss)][-self.kept_losses :]
         scalars[COUNTS[decision.reason]] += 1
 
     def _interval(self, scalars: Scalars) -> int:
@@ -111,6 +106,11 @@ class Schedule:
         measured = steps_taken(scalars) - scalars[COUNTS[Reason.HELD]]
         now, then = ((measured + ahead) * _GOLDEN_SECTION for ahead in (0, 1))
         return max(1, self.every - math.floor(then) + math.floor(now))
+
+
+def _known_losses(scalars: Scalars) -> list[Tensor | float]:
+    """The losses since the last measurement; those that a checkpoint is padded with are None."""
+    return [loss for loss in scalars[RECENT_LOSSES] if loss is not None]
 
 
 def steps_taken(scalars: Scalars) -> int:
@@ -201,4 +201,4 @@ def _resolution(probes: Probes) -> float:
     # Frozen parameters may be quantized to integers.
     inexact = [dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
     computed = max(torch.finfo(dtype).eps for dtype in inexact)
-    return max(torch.finfo(probes.dtype).eps, MEAN_ERROR * computed)
+    return max(torch.finfo(probes.dtype or torch.float64).eps, MEAN_ERROR * computed)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quadstep import arguments
 from quadstep.averaging import PlainUpdate, ScheduleFree
-from quadstep.checkpoint import TRAINING, is_state_request, replace_scalars, unchanged
+from quadstep.checkpoint import TRAINING, clear_scalars, is_state_request, unchanged
 from quadstep.closures import Closure
 from quadstep.controllers import (
     Damping,
@@ -178,7 +178,8 @@ class LQA(GroupOptimizer):
             params, direction="sgd", averaging=None, delta0=delta0, process_group=process_group
         )
         optimizer.strategies = optimizer.strategies._replace(controller=VertexController())
-        replace_scalars(optimizer._scalars, optimizer.strategies.initial_scalars())
+        clear_scalars(optimizer._scalars)
+        optimizer._scalars.update(optimizer.strategies.initial_scalars())
         return optimizer
 
     @property

@@ -102,34 +102,11 @@ class StepSearch:
 
     def _measure(self, line: Line) -> Measurement | None:
         """Measures the line; None where memory runs out repeatedly, to continue without."""
-        _, controller, _, schedule, process_group = self.strategies
-        evaluator, scalars = self.evaluator, self.scalars
+        schedule, process_group = self.strategies.schedule, self.strategies.process_group
+        scalars, diagnostics = self.scalars, self.evaluator.diagnostics
         state = self.strategies.controller_state(scalars)
-        diagnostics, two_phases = evaluator.diagnostics, self.loss is not None
-        # A caller who has access to the gradients may have clipped them, if only now and then.
-        gradient_unmodified = not (two_phases or evaluator.runs_backward)
-        check = state.slope_check
-        slope = None if check is None else line.slope()
-        plan = ProbePlan(
-            distance=controller.probe_distance(state, self.rate),
-            slope=slope,
-            behind=slope is None or check is None or check.due or not gradient_unmodified,
-            is_audit=schedule.is_audit(scalars) and "unrepeatable" not in diagnostics.given,
-            two_phases=two_phases,
-            gradient_unmodified=gradient_unmodified,
-        )
-        losses = schedule.padded_losses(scalars)
         try:
-            with evaluator.probing(
-                self.closure, self.params, scalars, self.before, two_phases=two_phases
-            ) as probes:
-                found = measure(line, plan, probes, self.center, losses, process_group)
-                if found.unequal is not None and not probes.have_gradients:
-                    # The loss may repeat itself only with gradients enabled.
-                    before, probes.with_gradients = found.evaluations, True
-                    found = measure(line, plan, probes, self.center, losses, process_group)
-                    scalars[PROBES_WITH_GRADIENTS] = found.unequal is None
-                    found = replace(found, evaluations=before + found.evaluations)
+            found = self._probe(line, state)
         except Exception as error:
             # One process of several cannot continue on its own.
             if not is_out_of_memory(error) or world_size(process_group) > 1:
@@ -140,11 +117,41 @@ class StepSearch:
             return None
         schedule.record_measurement(scalars)
         samples = found.samples
-        if samples.contradicts_gradient and controller.needs_slope and not state.fits:
+        if samples.contradicts_gradient and not state.fits:
             diagnostics.warn_constant(samples.loss_center, samples.slope * samples.distance)
         if found.unequal is not None:
-            diagnostics.warn_unrepeatable(*found.unequal, two_phases)
+            diagnostics.warn_unrepeatable(*found.unequal, two_phases=self.loss is not None)
         return found
+
+    def _probe(self, line: Line, state: Any) -> Measurement:
+        """Plans the probes of a measurement, and evaluates them."""
+        _, controller, _, schedule, process_group = self.strategies
+        scalars, evaluator, two_phases = self.scalars, self.evaluator, self.loss is not None
+        # A caller who has access to the gradients may have clipped them, if only now and then.
+        gradient_unmodified = not (two_phases or evaluator.runs_backward)
+        check = state.slope_check
+        slope = None if check is None else line.slope()
+        is_audit = schedule.is_audit(scalars) and "unrepeatable" not in evaluator.diagnostics.given
+        plan = ProbePlan(
+            distance=controller.probe_distance(state, self.rate),
+            slope=slope,
+            behind=slope is None or check is None or check.due or not gradient_unmodified,
+            is_audit=is_audit,
+            two_phases=two_phases,
+            gradient_unmodified=gradient_unmodified,
+        )
+        losses = schedule.padded_losses(scalars)
+        with evaluator.probing(
+            self.closure, self.params, scalars, self.before, two_phases=two_phases
+        ) as probes:
+            found = measure(line, plan, probes, self.center, losses, process_group)
+            if found.unequal is None or probes.have_gradients:
+                return found
+            # The loss may repeat itself only with gradients enabled.
+            probes.with_gradients = True
+            again = measure(line, plan, probes, self.center, losses, process_group)
+            scalars[PROBES_WITH_GRADIENTS] = again.unequal is None
+            return replace(again, evaluations=found.evaluations + again.evaluations)
 
 
 class Preview:

@@ -54,7 +54,11 @@ def real_views(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies tensors, in one launch where they are of one device and type."""
-    fresh = [torch.empty_like(tensor) for tensor in tensors]
+    # Not all sparse and opaque layouts have an `empty_like`.
+    fresh = [
+        torch.empty_like(tensor) if tensor.layout is torch.strided else tensor.clone()
+        for tensor in tensors
+    ]
     assign(fresh, tensors)
     return fresh
 
