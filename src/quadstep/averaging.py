@@ -1,13 +1,8 @@
 """How a step moves the parameters: along its line, or by schedule-free averaging."""
 
-# torch.optim itself is built from the foreach operations, private in name alone.
-# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
-
-from __future__ import annotations
-
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,19 +15,17 @@ from quadstep.tensors import Groups, parameters, real_views
 State = MutableMapping[Any, dict[str, Any]]
 
 UPDATES, MOMENTUM_SCALE = "lqa.updates", "lqa.momentum_scale"
-
-WATCHED_STEPS = 100
-"""A copy of a parameter is kept until the caller has left it alone for so many steps."""
+WATCHED_STEPS = 100  # steps without a change by the caller until a parameter's copy is dropped
 
 
-class Update(Protocol):
-    """How a step moves the parameters, and which weights evaluation shows.
+class Update:
+    """Moves the parameters along the line. Updates that average override what they change.
 
     Methods take the param groups, the first of which holds the scalars, and the state of the
     parameters.
     """
 
-    averages: ClassVar[bool]
+    averages: ClassVar[bool] = False  # whether evaluation shows other weights
 
     def initial_scalars(self) -> dict[str, int | float]:
         """Returns what the first param group must hold."""
@@ -51,7 +44,7 @@ class Update(Protocol):
 
         `determinism` is 0 where losses are noisy, 1 where they are not; None if no loss was finite.
         """
-        ...
+        line.move(step)
 
     def show_average(self, groups: Groups, state: State) -> None:
         """Puts the averaged weights into the parameters."""
@@ -64,18 +57,6 @@ class Update(Protocol):
 
     def load(self, groups: Groups, state: State) -> None:
         """Goes on from a loaded state; parameters may be loaded before or after."""
-
-
-class PlainUpdate(Update):
-    """The step itself."""
-
-    averages: ClassVar[bool] = False
-
-    def apply(
-        self, line: Line, groups: Groups, state: State, step: float, determinism: float | None
-    ) -> None:
-        """Moves along the line."""
-        line.move(step)
 
 
 @dataclass(eq=False)
@@ -119,12 +100,11 @@ class ScheduleFree(Update):
 
     def initialize(self, blocks: list[ParamBlock], state: State) -> None:
         """Starts z at y, and adds all keys, as distributed checkpoints load no new ones."""
-        checksums = {"y_checksum": UNKNOWN, "x_checksum": UNKNOWN}
-        checkpointed = checksums | {"unchanged_steps": WATCHED_STEPS}
+        new = {"unchanged_steps": WATCHED_STEPS, "y_checksum": UNKNOWN, "x_checksum": UNKNOWN}
         for block in blocks:
             for owner, param in zip(block.owners, block.params, strict=True):
                 if "z" not in state[owner]:
-                    state[owner] |= {"z": param.clone()} | checkpointed
+                    state[owner] |= new | {"z": param.clone()}
                     self._watched.remove(owner)
                     self._y.add(owner)
 

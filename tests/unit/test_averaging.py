@@ -3,7 +3,7 @@ import torch
 from reference import schedule_free
 from torch import nn
 
-from quadstep.averaging import MOMENTUM_SCALE, UPDATES, PlainUpdate, ScheduleFree
+from quadstep.averaging import MOMENTUM_SCALE, UPDATES, ScheduleFree, Update
 from quadstep.directions import RMSNormalized
 from quadstep.line import Line
 
@@ -114,7 +114,7 @@ def test_adapting_leaves_the_average_where_it_is():
 
 @torch.no_grad()
 def test_a_plain_update_keeps_no_state():
-    theta, update = nn.Parameter(torch.ones(5)), PlainUpdate()
+    theta, update = nn.Parameter(torch.ones(5)), Update()
     theta.grad = torch.full((5,), 0.5)
     opt = holder([theta], update)
     step = line(opt, 0.25)
