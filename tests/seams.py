@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quadstep import LQA, Reason, measurement, optimizer
+from quadstep import LQA, Reason, optimizer, schedule
 from quadstep.averaging import WATCHED_STEPS, ScheduleFree
 from quadstep.controllers import Decision, TrustRegionController, VertexController
 from quadstep.statistics import SlopeCheck
@@ -55,7 +55,7 @@ def keep_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def audit_every(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Has the loss evaluated twice at the same parameters once in so many steps."""
-    monkeypatch.setattr(measurement, "AUDIT_INTERVAL", steps)
+    monkeypatch.setattr(schedule, "AUDIT_INTERVAL", steps)
 
 
 def run_as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,6 @@ Specification by Local Quadratic Approximation"): along a given update direction
 a parabola in the rate, one or two forward passes measure it, and its minimiser is the rate.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,22 +15,15 @@ __all__ = ["LQA", "Reason", "Report", "__version__"]
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "LQA": "quadstep.optimizer",
-    "Report": "quadstep.optimizer",
-    "Reason": "quadstep.controllers",
-}
-
-
 if not TYPE_CHECKING:  # type checkers would take every unknown name for `Any`
 
     def __getattr__(name: str) -> Any:
-        """Imports on first use: what only reads records does not pay for torch."""
-        if name not in _HOMES:
+        """Imports on first use: reading the version does not pay for torch."""
+        if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module
+        from quadstep import optimizer
 
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(optimizer, name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,5 @@
 """Checks of what `LQA` is given: errors name the argument, what it was and how to fix it."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math
@@ -22,7 +20,8 @@ def check_params(
 ) -> Optimizer | None:
     """Refuses what cannot be trained; returns the optimizer to wrap, if it is one.
 
-    `own` are the arguments that an optimizer brings, and `searching` searches its own line.
+    `own` holds the arguments that a wrapped optimizer replaces, and `searching` the classes of
+    optimizers that search their own line.
     """
     if isinstance(params, nn.Module):
         raise TypeError(
@@ -31,37 +30,13 @@ def check_params(
         )
     if not isinstance(params, Optimizer):
         return None
+    name = type(params).__name__
     if isinstance(params, searching):
         raise TypeError(
-            f"LQA cannot wrap {type(params).__name__}, which searches its own line; "
+            f"LQA cannot wrap {name}, which searches its own line; "
             "pass the parameters, or an optimizer that takes plain steps"
         )
-    check_base(params, own)
-    return params
-
-
-def check_no_optimizer(params: Any) -> None:
-    """Refuses an optimizer, whose steps are not the gradient."""
-    if isinstance(params, Optimizer):
-        raise TypeError(
-            "LQA.paper follows the gradient and takes parameters, not an optimizer; "
-            "use LQA(optimizer) to measure along another optimizer's steps"
-        )
-
-
-def check_lr(lr: Any) -> None:
-    """Refuses a learning rate; None, which frameworks pass by default, is accepted."""
-    if lr is not None:
-        raise ValueError(
-            f"LQA measures the learning rate, so there is none to choose, got lr={lr!r}; leave lr "
-            "out or pass None (delta0 is only the first rate, and its default needs no tuning)"
-        )
-
-
-def check_base(base: Optimizer, own: dict[str, Any]) -> None:
-    """Refuses optimizers whose steps cannot be measured, and arguments that they have."""
-    name = type(base).__name__
-    inner: Any = base
+    inner: Any = params
     while isinstance(getattr(inner, "optimizer", None), Optimizer):
         # Those of Accelerate have the modes of all.
         inner = inner.optimizer
@@ -71,7 +46,7 @@ def check_base(base: Optimizer, own: dict[str, Any]) -> None:
             "its iterates; LQA(params) does so, too, and LQA(torch.optim.AdamW(params), "
             'averaging="schedule-free") around another optimizer'
         )
-    for group in base.param_groups:
+    for group in params.param_groups:
         if "lr" not in group:
             raise ValueError(
                 f"{name} has no lr in its param groups, so there is no rate to "
@@ -105,38 +80,55 @@ def check_base(base: Optimizer, own: dict[str, Any]) -> None:
             f"weight_decay={own['weight_decay']!r}; "
             f"set it there: {name}(params, weight_decay={own['weight_decay']!r})"
         )
-    if _needs_closure(base):
+    if _needs_closure(params):
         raise TypeError(
             f"LQA cannot wrap {name}, whose step() needs a closure of its own; wrap one that steps "
             "from the gradients alone, such as torch.optim.AdamW(params)"
+        )
+    return params
+
+
+def check_no_optimizer(params: Any) -> None:
+    """Refuses an optimizer, whose steps are not the gradient."""
+    if isinstance(params, Optimizer):
+        raise TypeError(
+            "LQA.paper follows the gradient and takes parameters, not an optimizer; "
+            "use LQA(optimizer) to measure along another optimizer's steps"
+        )
+
+
+def check_lr(lr: Any) -> None:
+    """Refuses a learning rate; None, which frameworks pass by default, is accepted."""
+    if lr is not None:
+        raise ValueError(
+            f"LQA measures the learning rate, so there is none to choose, got lr={lr!r}; leave lr "
+            "out or pass None (delta0 is only the first rate, and its default needs no tuning)"
         )
 
 
 def _needs_closure(base: Optimizer) -> bool:
     """Whether a step fails without a closure and not with one, as tried on a copy."""
-    parameter = inspect.signature(type(base).step).parameters.get("closure")
+    step: Any = type(base).step
+    parameter = inspect.signature(step).parameters.get("closure")
     if parameter is not None and parameter.default is inspect.Parameter.empty:
         return True
+    if getattr(step, "hooked", False):
+        # Without torch's profiler and step hooks.
+        step = step.__wrapped__
 
-    def step(*closures: Any) -> bool:
+    def succeeds(*closures: Any) -> bool:
         snapshot = ModuleTracker().capture(())
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                _unhooked_step(base)(_stand_in(base), *closures)
+                step(_stand_in(base), *closures)
         except Exception:
             return False
         finally:
             snapshot.restore()
         return True
 
-    return not step() and step(lambda: torch.zeros((), requires_grad=True))
-
-
-def _unhooked_step(base: Optimizer) -> Any:
-    """The step of a kind of optimizer, which schedulers have replaced and hooks surround."""
-    step: Any = type(base).step
-    return step.__wrapped__ if getattr(step, "hooked", False) else step
+    return not succeeds() and succeeds(lambda: torch.zeros((), requires_grad=True))
 
 
 def _stand_in(base: Optimizer) -> Optimizer:
@@ -155,8 +147,8 @@ def _stand_in(base: Optimizer) -> Optimizer:
     return copied
 
 
-def check_choices(direction: Any, averaging: Any) -> None:
-    """Refuses directions and ways of averaging that do not exist."""
+def check_options(direction: Any, averaging: Any, every: Any, delta0: Any) -> None:
+    """Refuses choices that do not exist and numbers out of range; None stands for a default."""
     if direction not in (None, "rms", "sgd"):
         raise ValueError(
             f'direction must be "rms" or "sgd", got {direction!r}; to follow another '
@@ -164,20 +156,12 @@ def check_choices(direction: Any, averaging: Any) -> None:
         )
     if averaging not in (None, "auto", "schedule-free"):
         raise ValueError(f'averaging must be "schedule-free" or None, got {averaging!r}')
-
-
-def check_every(value: Any) -> None:
-    """Refuses what is not a whole number of steps."""
-    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer())
-    if not (whole and int(value) >= 1):
-        raise ValueError(f"every must be a whole number of steps, at least 1, got {value!r}")
-
-
-def check_delta0(value: Any) -> None:
-    """Refuses first rates that are not positive and finite."""
-    if not 0.0 < _number(value) < math.inf:
+    is_integer = isinstance(every, Integral) or (isinstance(every, float) and every.is_integer())
+    if every is not None and not (is_integer and int(every) >= 1):
+        raise ValueError(f"every must be a whole number of steps, at least 1, got {every!r}")
+    if delta0 is not None and not 0.0 < _number(delta0) < math.inf:
         raise ValueError(
-            f"delta0 must be a positive finite number, got {value!r}; "
+            f"delta0 must be a positive finite number, got {delta0!r}; "
             "it is only the first rate, a small one such as 1e-4 is safe"
         )
 

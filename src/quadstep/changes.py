@@ -1,10 +1,5 @@
 """Detects which tensors someone else has changed."""
 
-# torch.optim itself is built from the foreach operations, private in name alone.
-# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
-
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from itertools import compress
@@ -15,12 +10,9 @@ from torch import Tensor
 
 from quadstep.tensors import any_shard, full_tensor, group_by, is_distributed, local, real_views
 
-UNKNOWN = -1
-"""In place of a checksum: of distributed tensors, and of those not recorded."""
+UNKNOWN = -1  # checksum of distributed tensors, and of those not recorded
 
-_SMALL = 2**14
-"""Tensors of at most so many entries are copied, which is faster than a checksum."""
-
+_SMALL = 2**14  # entries of the largest tensors for which a copy is faster than a checksum
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 

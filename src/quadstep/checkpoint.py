@@ -1,7 +1,5 @@
 """The optimizer's state as flat keys and scalars."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -39,13 +37,8 @@ def _layout(kind: Any, prefix: str) -> tuple[tuple[str, str, type[Any] | None], 
 
 
 STATE_VERSION = 5
-
-PREFIX = "lqa."
-"""All scalars of the state have keys that begin so."""
-
-RATE = "lqa.rate"
-"""The rate of a param group, in each of them, whatever others write into its lr."""
-
+PREFIX = "lqa."  # of the keys of all scalars of the state
+RATE = "lqa.rate"  # the rate of each param group, whatever others write into its lr
 VERSION, TRAINING = "lqa.version", "lqa.training"
 DIRECTION, CONTROLLER, UPDATE = "lqa.direction", "lqa.controller", "lqa.update"
 CONTROLLER_STATE = "lqa.controller."

@@ -1,7 +1,5 @@
 """Evaluating the user's loss: once with gradients, and as probes that are free of side effects."""
 
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import re
@@ -13,17 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quadstep import gradients
 from quadstep.arguments import check_loss
-from quadstep.diagnostics import Diagnostics
-from quadstep.gradients import (
-    clear_gradients,
-    cosine,
-    gradients_of,
-    is_modified,
-    is_zero,
-    mark_used,
-    new_gradients,
-)
+from quadstep.diagnostics import Diagnostics, is_of_a_library
 from quadstep.snapshot import ModuleTracker, Snapshot
 from quadstep.tensors import full_tensor
 
@@ -39,14 +29,10 @@ _NEEDS_GRADIENTS = re.compile("require.*grad")
 _RAN_BACKWARD = "backward through the graph a second time"
 
 
-def scalar(loss: Tensor) -> Tensor:
-    """A loss without history, dimensions or shards."""
-    return full_tensor(loss.detach()).reshape(())
-
-
 def reading(loss: Tensor) -> Tensor | float:
     """The present value of a loss: a number, or a copy where reading waits for the device."""
-    return float(full_tensor(loss.detach())) if loss.is_cpu else scalar(loss).clone()
+    value = full_tensor(loss.detach())
+    return float(value) if loss.is_cpu else value.reshape(()).clone()
 
 
 class ClosureEvaluator:
@@ -69,7 +55,7 @@ class ClosureEvaluator:
         """
         if loss is None:
             loss = self._evaluate(closure, params, before)
-        if not gradients_of(params):
+        if not gradients.gradients_of(params):
             raise RuntimeError(
                 "no parameter of the optimizer has a gradient; compute the loss from the "
                 "parameters given to LQA, and in the two-phase use call loss.backward() before "
@@ -84,12 +70,12 @@ class ClosureEvaluator:
         Gradients that the caller has accumulated are left for a closure that runs backward, to
         clear or to add to.
         """
-        found = new_gradients(params)
-        modified = all(map(is_modified, found.values()))
+        found = gradients.new_gradients(params)
+        modified = all(map(gradients.is_modified, found.values()))
         if found:
-            mark_used(found.values())
+            gradients.mark_used(found.values())
         else:
-            clear_gradients(params)
+            gradients.clear_gradients(params)
         with torch.enable_grad(), self.tracker.tracking(before, params):
             loss = closure()
         check_loss(loss, "closure")
@@ -101,8 +87,8 @@ class ClosureEvaluator:
                 "optimizer's parameters, without torch.no_grad(), .detach() or .item()"
             )
         else:
-            zeros = new_gradients(params)
-            clear_gradients(params)
+            zeros = gradients.new_gradients(params)
+            gradients.clear_gradients(params)
             try:
                 torch.autograd.backward(loss)
             except RuntimeError as error:
@@ -122,12 +108,14 @@ class ClosureEvaluator:
         """
         if not found and all(param.grad is None for param in params):
             return False
-        new = new_gradients(params).values()
-        return any(self.runs_backward or not is_zero(gradient) for gradient in new)
+        new = gradients.new_gradients(params).values()
+        return any(self.runs_backward or not gradients.is_zero(gradient) for gradient in new)
 
     def _note_backward(self, closure: Closure) -> None:
         self.runs_backward = True
-        self.diagnostics.warn_backward(closure)
+        if not is_of_a_library(closure):
+            # The closures of frameworks run backward on purpose.
+            self.diagnostics.warn("backward")
 
     def _check_dropped(self, found: dict[Tensor, Tensor], modified: bool) -> None:
         """Warns of gradients of the same loss that the closure's own have replaced.
@@ -139,9 +127,9 @@ class ClosureEvaluator:
             return
         self._dropped_checks += 1
         again = {param: param.grad for param in found if param.grad is not None}
-        similarity = cosine([found[param] for param in again], again.values())
+        similarity = gradients.cosine([found[param] for param in again], again.values())
         if similarity > (SAME_MODIFIED_LOSS if modified else SAME_LOSS):
-            self.diagnostics.warn_dropped()
+            self.diagnostics.warn("dropped")
 
     @contextmanager
     def probing(
@@ -164,12 +152,12 @@ class ClosureEvaluator:
             before, after = self.tracker.capture(params).pair_advanced(before)
         known = len(before.buffers)
         # Out of reach of a closure that clears or accumulates gradients.
-        gradients = [(param, param.grad) for param in params]
-        clear_gradients(params)
+        held = [(param, param.grad) for param in params]
+        gradients.clear_gradients(params)
         try:
             yield Probes(self, closure, params, scalars, before)
         finally:
-            for param, gradient in gradients:
+            for param, gradient in held:
                 param.grad = gradient
             if after is not before:
                 after.buffers.extend(before.buffers[known:])
@@ -187,6 +175,7 @@ class Probes:
     before: Snapshot
     with_gradients: bool = False  # enabled on trial
     dtype: torch.dtype | None = None  # of the first loss
+    count: int = 0  # number of losses
 
     @property
     def have_gradients(self) -> bool:
@@ -224,7 +213,7 @@ class Probes:
         ):
             loss = self.closure()
         check_loss(loss, "closure")
-        self.dtype = self.dtype or loss.dtype
+        self.dtype, self.count = self.dtype or loss.dtype, self.count + 1
         return reading(loss)
 
 

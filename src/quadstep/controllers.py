@@ -100,7 +100,7 @@ class RegionState:
 class TrustRegionState:
     """What is known of the line, of the losses and of the measurements."""
 
-    region: RegionState
+    region: RegionState = field(default=RegionState.initial(0.0))
     quadratic: Quadratic = field(default=Quadratic(0.0, 0.0))  # averaged
     fits: int = 0  # number of fits in it
     steps_since_contraction: int = 0  # in measurements
@@ -124,16 +124,12 @@ class StepController(Protocol[S]):
 
     Example:
         >>> controller: StepController[VertexState] = VertexController()
-        >>> controller.probe_distance(controller.initial_state(), rate=0.1)
+        >>> controller.probe_distance(VertexState(), rate=0.1)
         0.1
     """
 
-    state_type: ClassVar[type[Any]]
+    state_type: ClassVar[type[Any]]  # its default is the state before the first measurement
     needs_slope: ClassVar[bool]  # whether a line without a slope is not measured
-
-    def initial_state(self) -> S:
-        """The state before the first measurement."""
-        ...
 
     def probe_distance(self, state: S, rate: float) -> float:
         """The distance of the probes, in units of the rate."""
@@ -156,10 +152,6 @@ class VertexController:
 
     state_type: ClassVar[type[VertexState]] = VertexState
     needs_slope: ClassVar[bool] = False
-
-    def initial_state(self) -> VertexState:
-        """The state before the first measurement."""
-        return VertexState()
 
     def probe_distance(self, state: VertexState, rate: float) -> float:
         """delta0, the last minimizer (section 3.2)."""
@@ -325,17 +317,13 @@ class TrustRegionController:
     Example:
         >>> controller = TrustRegionController(TrustRegionConfig())
         >>> samples = LineSamples(0.5, loss_ahead=0.75, loss_center=1.0, loss_behind=1.75)
-        >>> controller.update(controller.initial_state(), 0.5, samples)[1].rate
+        >>> controller.update(TrustRegionState(), 0.5, samples)[1].rate
         0.5
     """
 
     config: TrustRegionConfig
     state_type: ClassVar[type[TrustRegionState]] = TrustRegionState
     needs_slope: ClassVar[bool] = True
-
-    def initial_state(self) -> TrustRegionState:
-        """The state before the first measurement."""
-        return TrustRegionState(RegionState.initial(0.0))
 
     def probe_distance(self, state: TrustRegionState, rate: float) -> float:
         """The rate in force, or further out where rounding hides the curvature there."""

@@ -4,11 +4,6 @@ A direction returns a `Line` in units of the optimizer's rate. The rates of the 
 ratios to it, so that one number, measured along all groups together, moves all.
 """
 
-# torch.optim itself is built from the foreach operations, private in name alone.
-# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
-
-from __future__ import annotations
-
 import math
 from functools import cache
 from typing import Any, ClassVar, Protocol
@@ -17,24 +12,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from quadstep import tensors
 from quadstep.arguments import check_shape
 from quadstep.line import Line, ParamBlock
-from quadstep.tensors import (
-    Groups,
-    copies,
-    group_by_device,
-    is_distributed,
-    local,
-    norms,
-    real_views,
-)
+from quadstep.tensors import Groups
 
 
 class Direction(Protocol):
     """What computes the line of each step from the gradients."""
 
-    base: Optimizer | None  # the wrapped optimizer, if there is one
-    has_weight_decay: ClassVar[bool]  # whether it takes a weight decay of the groups
+    base: Optimizer | None = None  # the wrapped optimizer, if there is one
+    has_weight_decay: ClassVar[bool] = True  # whether groups may have a weight decay
 
     def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Computes the line of this step, and advances the per-parameter state once.
@@ -44,10 +32,9 @@ class Direction(Protocol):
         ...
 
 
-class Gradient:
+class Gradient(Direction):
     """The gradient: the direction of Algorithm 1."""
 
-    base: Optimizer | None = None
     has_weight_decay: ClassVar[bool] = False
 
     def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
@@ -56,11 +43,11 @@ class Gradient:
         for block in blocks:
             # CUDA graphs, whose replays overwrite gradients, exist on accelerators alone.
             if is_kept and not all(part.is_cpu for part in block.direction):
-                block.direction = copies(block.direction)
+                block.direction = tensors.copies(block.direction)
         return Line(blocks)
 
 
-class RMSNormalized:
+class RMSNormalized(Direction):
     """The gradient over its running root mean square (RMSProp, Adam), centralized and clipped.
 
     `square_avg <- decay * square_avg + (1 - decay) * g**2`, unbiased as Adam's;
@@ -76,9 +63,6 @@ class RMSNormalized:
         decay: of the running mean square, per step.
         eps: its square is added to the mean square, in units of the gradient's.
     """
-
-    base: Optimizer | None = None
-    has_weight_decay: ClassVar[bool] = True
 
     def __init__(self, decay: float = 0.999, eps: float = 1e-8) -> None:
         self.decay = decay
@@ -119,17 +103,14 @@ class RMSNormalized:
         block.direction = list(scales)
 
 
-class OptimizerStep:
+class OptimizerStep(Direction):
     """The displacement of exactly one step of another optimizer, at the rate in force.
 
     Its weight decay, momentum, preconditioning and the ratios of its groups are part of it.
     """
 
-    has_weight_decay: ClassVar[bool] = True
-
     def __init__(self, base: Optimizer) -> None:
-        self.base: Optimizer | None = base
-        self._base = base
+        self.base = self._base = base
 
     def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Steps the base once; the line runs from before the step through where it arrived."""
@@ -138,7 +119,7 @@ class OptimizerStep:
             return Line([])
         blocks = gather_blocks(groups, rate, allow_sparse=True)
         versions = [_versions(block) for block in blocks]
-        start = [copies(block.params) for block in blocks]
+        start = [tensors.copies(block.params) for block in blocks]
         line = Line(blocks, start)
         try:
             self._base.step()
@@ -177,8 +158,8 @@ def _clip(blocks: list[ParamBlock]) -> None:
     """Scales the directions together to a root mean square of at most one."""
     root = max(1, sum(part.numel() for block in blocks for part in block.direction)) ** 0.5
     firsts = [block.direction[0] for block in blocks]
-    parts = [norm for block in blocks for norm in norms(block.direction)]
-    if all(first.is_cpu and not is_distributed(first) for first in firsts):
+    parts = [norm for block in blocks for norm in tensors.norms(block.direction)]
+    if all(first.is_cpu and not tensors.is_distributed(first) for first in firsts):
         # Reading numbers is free here, and most steps then need no pass through memory.
         excess = math.hypot(*map(float, parts)) / root
         if excess > 1.0:
@@ -188,7 +169,7 @@ def _clip(blocks: list[ParamBlock]) -> None:
     (norm,) = torch._foreach_norm([torch.stack([part.to(firsts[0].device) for part in parts])])
     excess = (norm / root).clamp(min=1.0)
     for block, first in zip(blocks, firsts, strict=True):
-        torch._foreach_div_(local(block.direction), excess.to(first.device))
+        torch._foreach_div_(tensors.local(block.direction), excess.to(first.device))
 
 
 def gather_blocks(groups: Groups, rate: float, allow_sparse: bool = False) -> list[ParamBlock]:
@@ -208,12 +189,12 @@ def gather_blocks(groups: Groups, rate: float, allow_sparse: bool = False) -> li
             )
         lr = float(group["lr"])
         lr_ratio = (rate / lr if lr != 0.0 else math.inf) if rate else 1.0
-        for part in group_by_device(owners):
-            gradients = real_views([_with_placements(owner.grad, owner) for owner in part])
+        for part in tensors.group_by_device(owners):
+            gradients = tensors.real_views([_with_placements(owner.grad, owner) for owner in part])
             blocks.append(
                 ParamBlock(
                     owners=part,
-                    params=real_views(part),
+                    params=tensors.real_views(part),
                     direction=gradients,
                     lr_ratio=lr_ratio,
                     weight_decay=float(group.get("weight_decay", 0.0)),
@@ -225,6 +206,6 @@ def gather_blocks(groups: Groups, rate: float, allow_sparse: bool = False) -> li
 
 def _with_placements(gradient: Any, owner: Tensor) -> Tensor:
     """The gradient, placed on the mesh as its parameter is: autograd may leave partial sums."""
-    if is_distributed(owner) and gradient.placements != owner.placements:
+    if tensors.is_distributed(owner) and gradient.placements != owner.placements:
         return gradient.redistribute(placements=owner.placements)
     return gradient

@@ -3,9 +3,6 @@
 A step marks the gradients that it has used. What comes later, or is added to, is new.
 """
 
-# torch.optim itself is built from the foreach operations, private in name alone.
-# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
-
 from __future__ import annotations
 
 import math
@@ -15,21 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quadstep.tensors import (
-    as_numbers,
-    full_tensor,
-    inner,
-    local,
-    rank_mean,
-    real_views,
-    world_size,
-)
+from quadstep import tensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_USED = "_quadstep_used"
-"""The attribute of a gradient that holds its version when a step used it."""
+_USED = "_quadstep_used"  # attribute of a gradient: its version when a step used it
 
 
 def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
@@ -67,7 +55,7 @@ def is_modified(gradient: Tensor) -> bool:
 def is_zero(gradient: Tensor) -> bool:
     """Whether all entries are zero."""
     values: Any = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return not bool(full_tensor(values.abs().sum()))
+    return not bool(tensors.full_tensor(values.abs().sum()))
 
 
 def cosine(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:
@@ -80,7 +68,7 @@ def cosine(one: Iterable[Tensor], other: Iterable[Tensor]) -> float:
         if a.is_sparse or b.is_sparse:
             return math.nan
         for place, (left, right) in enumerate(((a, b), (a, a), (b, b))):
-            products[place] += float(inner(left, right))
+            products[place] += float(tensors.inner(left, right))
     mixed, *squares = products
     return mixed / math.sqrt(squares[0] * squares[1]) if all(squares) else math.nan
 
@@ -93,20 +81,20 @@ def inspect(
     Both must be known before any state advances. Processes see losses and shards of gradients of
     their own, and all must take one branch.
     """
-    shards = local(gradients_of(params))
+    shards = tensors.local(gradients_of(params))
     dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in shards]
-    parts = [grad for grad in real_views(dense) if grad.numel()]
+    parts = [grad for grad in tensors.real_views(dense) if grad.numel()]
     if loss.is_cpu:
         values = [float(loss), *_sizes(parts)]
     else:
         # The largest size carries every inf and nan.
         sizes = torch._foreach_norm(parts, math.inf) if parts else ()
-        values = as_numbers(
+        values = tensors.as_numbers(
             torch.stack([size.to(loss.device) for size in (loss.reshape(()), *sizes)])
         )
     finite, sloping = all(map(math.isfinite, values)), any(values[1:])
-    if world_size(process_group) > 1:
-        finite_ranks, sloping_ranks = rank_mean(
+    if tensors.world_size(process_group) > 1:
+        finite_ranks, sloping_ranks = tensors.rank_mean(
             [float(finite), float(sloping)], loss, process_group
         )
         finite, sloping = finite_ranks == 1.0, sloping_ranks > 0.0

@@ -12,10 +12,10 @@ from quadstep import arguments, checkpoint
 from quadstep.averaging import Update
 from quadstep.checkpoint import CONTROLLER_STATE, RATE, TRAINING
 from quadstep.closures import PROBES_WITH_GRADIENTS, ClosureEvaluator
-from quadstep.controllers import StepController
+from quadstep.controllers import Reason, StepController
 from quadstep.directions import Direction
 from quadstep.gradients import gradients_of, mark_used
-from quadstep.measurement import Schedule, steps_taken
+from quadstep.schedule import Schedule, steps_taken
 from quadstep.tensors import Groups
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Strategies(NamedTuple):
             PROBES_WITH_GRADIENTS: False,
             **self.schedule.initial_scalars(),
             **self.update.initial_scalars(),
-            **checkpoint.flatten(self.controller.initial_state(), CONTROLLER_STATE),
+            **checkpoint.flatten(self.controller.state_type(), CONTROLLER_STATE),
         }
 
     def controller_state(self, scalars: dict[str, Any]) -> Any:
@@ -54,6 +54,9 @@ def rate_in_force(groups: Groups) -> float:
     """The rate of the first group that has one other than zero."""
     rates = (group.get(RATE, 0.0) for group in groups)
     return next((rate for rate in rates if rate != 0.0), 0.0)
+
+
+_NO_STEP = (None, Reason.INITIAL, 0, 0)  # loss, reason, forward and backward passes
 
 
 class GroupOptimizer(Optimizer):
@@ -73,6 +76,7 @@ class GroupOptimizer(Optimizer):
         self.strategies = strategies
         self._evaluator = ClosureEvaluator()
         self._scalars: dict[str, Any] = {}
+        self._last: tuple[Tensor | None, Reason, int, int] = _NO_STEP
         groups: Any = params if base is None else base.param_groups
         super().__init__(groups, defaults if base is None else base.defaults)
         for group in self.param_groups:
@@ -109,6 +113,7 @@ class GroupOptimizer(Optimizer):
             base.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._adopt()
         self.strategies.update.load(self.param_groups, self.state)
+        self._last = _NO_STEP
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; without an `lr` it gets the rate in force."""
@@ -149,7 +154,7 @@ class GroupOptimizer(Optimizer):
             written = arguments.rate(group["lr"])
             rate = group.setdefault(RATE, written)
             if written != rate:
-                self._evaluator.diagnostics.warn_lr(group["lr"], rate)
+                self._evaluator.diagnostics.warn("lr", written=group["lr"], rate=rate)
                 _set_lr(group, rate)
 
     def _set_rates(self, rate: float) -> None:
@@ -160,8 +165,8 @@ class GroupOptimizer(Optimizer):
 
     def _initialize(self) -> Tensor:
         """Creates the state of the parameters that have gradients, as before any step."""
-        direction, _, update, _, _ = self.strategies
-        line = direction.line(self.param_groups, self.state, 0.0, update.averages)
+        update = self.strategies.update
+        line = self.strategies.direction.line(self.param_groups, self.state, 0.0, update.averages)
         update.initialize(line.blocks, self.state)
         if not self._scalars[TRAINING]:
             update.show_average(self.param_groups, self.state)

@@ -4,11 +4,6 @@ Moves are written from a snapshot of the start, which costs one transient copy o
 while a line is measured and restores them bit for bit; subtraction would round.
 """
 
-# torch.optim itself is built from the foreach operations, private in name alone.
-# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
-
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar

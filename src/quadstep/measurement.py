@@ -1,121 +1,33 @@
-"""When and how the line is measured: the schedule, the plan of a measurement, its outcome."""
+"""The measurement of a step: gradient pass, direction, probes on the line, and the rate."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quadstep.closures import Probes, reading
+from quadstep.checkpoint import CONTROLLER_STATE, flatten
+from quadstep.closures import PROBES_WITH_GRADIENTS, Closure, ClosureEvaluator, Probes, reading
 from quadstep.controllers import Decision, Reason
+from quadstep.gradients import inspect
+from quadstep.groups import Strategies, rate_in_force
 from quadstep.line import Line
 from quadstep.quadratic import LineSamples
-from quadstep.tensors import rank_mean
+from quadstep.schedule import OUT_OF_MEMORY, WAIT
+from quadstep.tensors import Groups, parameters, rank_mean, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Scalars = dict[str, Any]
-
-WAIT = "lqa.wait"  # steps until the next measurement
-AUDITED = "lqa.audited"  # the last interval of steps that had an audit
-FAILED = "lqa.failed_measurements"  # in a row, without a step or a vertex
-OUT_OF_MEMORY = "lqa.out_of_memory"  # measurements in a row that ran out of memory
-RECENT_LOSSES = "lqa.recent_losses"  # since the last measurement
-COUNTS = {reason: f"lqa.count.{reason.value}" for reason in Reason}
-
-AUDIT_INTERVAL = 100  # the first measurement in so many steps is an audit
-FAILED_AUDIT = 3  # so is the one after so many failed ones
-MEMORY_FAILURES = 3  # so many in a row, and training continues without a measurement
-MEMORY_RETRY = 10  # steps until the next measurement then, at the least
-MAX_RECENT_LOSSES = 100
 MEAN_ERROR = 1 / 64  # part of a value's rounding error that is left in the mean of many, the loss
 
-_GOLDEN_SECTION = (3.0 - math.sqrt(5.0)) / 2.0
 _NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|_ALLOC_FAILED")
-
-
-class Schedule:
-    """Decides which steps measure the line.
-
-    Args:
-        every: the steps from one measurement to the next, or one less by turns.
-        keeps_losses: whether the losses between measurements are kept, for their noise.
-    """
-
-    def __init__(self, every: int, keeps_losses: bool) -> None:
-        self.every = every
-        self.kept_losses = min(every, MAX_RECENT_LOSSES) if keeps_losses else 0
-
-    def initial_scalars(self) -> Scalars:
-        """The scalars of the state before the first step."""
-        scalars: Scalars = dict.fromkeys((WAIT, FAILED, OUT_OF_MEMORY, *COUNTS.values()), 0)
-        return scalars | {AUDITED: -1, RECENT_LOSSES: []}
-
-    def padded_losses(self, scalars: Scalars) -> list[Tensor | float]:
-        """The losses since the last measurement, padded with nan to as many as there can be.
-
-        A process that took over the state of another may know fewer than the others.
-        """
-        losses = _known_losses(scalars)
-        return [*losses, *[math.nan] * (self.kept_losses - len(losses))]
-
-    def save(self, saved: Scalars) -> None:
-        """Converts the losses of a state dict to numbers, as many as a fresh optimizer has."""
-        losses = map(float, self.padded_losses(saved))
-        saved[RECENT_LOSSES] = [None if math.isnan(loss) else loss for loss in losses] or [None]
-
-    def is_audit(self, scalars: Scalars) -> bool:
-        """Whether the next measurement compares the loss with itself at the same parameters."""
-        interval = steps_taken(scalars) // AUDIT_INTERVAL
-        return interval > scalars[AUDITED] or scalars[FAILED] == FAILED_AUDIT
-
-    def record_measurement(self, scalars: Scalars) -> None:
-        """Records that a measurement has succeeded."""
-        scalars |= {OUT_OF_MEMORY: 0, AUDITED: steps_taken(scalars) // AUDIT_INTERVAL}
-
-    def record_memory_failure(self, scalars: Scalars) -> bool:
-        """Records that one ran out of memory; whether to continue without it."""
-        scalars[OUT_OF_MEMORY] += 1
-        if scalars[OUT_OF_MEMORY] < MEMORY_FAILURES:
-            return False
-        scalars[WAIT] = max(self.every, MEMORY_RETRY)
-        return True
-
-    def record_step(self, scalars: Scalars, decision: Decision, loss: Tensor) -> None:
-        """Records a step, and when to measure next: at once until the rate has settled."""
-        losses = _known_losses(scalars)
-        if decision.reason is not Reason.HELD:
-            losses = []
-            scalars[WAIT] = self._interval(scalars) - 1 if decision.settled else 0
-            succeeded = decision.step and decision.reason is not Reason.CONCAVE
-            scalars[FAILED] = 0 if succeeded else scalars[FAILED] + 1
-        elif scalars[WAIT] and decision.step:
-            # A measurement that is due stays so, and a step that moves nothing does not count.
-            scalars[WAIT] -= 1
-        if self.kept_losses:
-            scalars[RECENT_LOSSES] = [*losses, reading(loss)][-self.kept_losses :]
-        scalars[COUNTS[decision.reason]] += 1
-
-    def _interval(self, scalars: Scalars) -> int:
-        """By the golden section, so that measurements do not alias with periodic batches."""
-        measured = steps_taken(scalars) - scalars[COUNTS[Reason.HELD]]
-        now, then = ((measured + ahead) * _GOLDEN_SECTION for ahead in (0, 1))
-        return max(1, self.every - math.floor(then) + math.floor(now))
-
-
-def _known_losses(scalars: Scalars) -> list[Tensor | float]:
-    """The losses since the last measurement; those that a checkpoint is padded with are None."""
-    return [loss for loss in scalars[RECENT_LOSSES] if loss is not None]
-
-
-def steps_taken(scalars: Scalars) -> int:
-    """The number of steps since the optimizer was made."""
-    return sum(scalars.get(key, 0) for key in COUNTS.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +49,6 @@ class ProbePlan:
         return {"ahead": self.distance} | again | behind
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """The outcome of a plan."""
-
-    samples: LineSamples
-    evaluations: int  # of the closure
-    unequal: tuple[float, float] | None  # two losses at the same parameters, found by an audit
-
-
 def measure(
     line: Line,
     plan: ProbePlan,
@@ -153,15 +56,17 @@ def measure(
     loss: Tensor,
     recent_losses: list[Tensor | float],
     process_group: ProcessGroup | None,
-) -> Measurement:
+) -> tuple[LineSamples, tuple[float, float] | None]:
     """Evaluates the closure as planned, averaged over the processes, in one wait for the device.
 
     `loss` is that of the gradient pass, and `recent_losses` are as many on every process.
+
+    Returns:
+        The samples, and two losses at the same parameters if an audit found them unequal.
     """
     center = reading(loss)
     losses = line.losses(probes.evaluate, plan.rates.values())
     sent = {"center": center, **dict(zip(plan.rates, losses, strict=True))}
-    evaluations = len(losses)
     if plan.slope is not None:
         sent["slope"] = plan.slope
     if plan.is_audit and plan.two_phases:
@@ -169,7 +74,6 @@ def measure(
         if any(rank_mean([probes.has_drawn()], loss, process_group)):
             # In the caller's forward pass it drew other numbers than in the probes.
             sent["compared"] = probes.run(with_gradients=True)
-            evaluations += 1
     values = rank_mean([*sent.values(), *recent_losses], loss, process_group)
     seen = dict(zip(sent, values, strict=False))
     given, repeated = seen["center"], seen.get("again", seen["center"])
@@ -186,7 +90,7 @@ def measure(
     )
     tolerance = min(100.0 * samples.resolution, 0.05) * max(abs(expected), abs(repeated))
     is_unequal = plan.is_audit and abs(expected - repeated) > tolerance
-    return Measurement(samples, evaluations, (expected, repeated) if is_unequal else None)
+    return samples, (expected, repeated) if is_unequal else None
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -202,3 +106,165 @@ def _resolution(probes: Probes) -> float:
     inexact = [dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
     computed = max(torch.finfo(dtype).eps for dtype in inexact)
     return max(torch.finfo(probes.dtype or torch.float64).eps, MEAN_ERROR * computed)
+
+
+@dataclass(eq=False)
+class StepSearch:
+    """Finds the line of a step, or of one that is only previewed, and how far to go."""
+
+    strategies: Strategies
+    evaluator: ClosureEvaluator
+    groups: Groups
+    state: Any
+    closure: Closure
+    loss: Tensor | None  # given by the caller, who has run backward
+    is_preview: bool
+    center: Tensor = field(init=False)  # the loss before the step
+    line: Line | None = None  # at rate zero; None where nothing is to move
+    decision: Decision = field(init=False)
+    probes: int = 0  # evaluations of the closure after the gradient pass
+
+    def __post_init__(self) -> None:
+        self.scalars, self.params = self.groups[0], parameters(self.groups)
+        self.rate, self.is_due = rate_in_force(self.groups), self.scalars[WAIT] == 0
+        sources = self.params if self.is_due or self.is_preview else None
+        self.before = self.evaluator.tracker.capture(sources)
+
+    @property
+    def determinism(self) -> float | None:
+        """How free of noise the losses are, from 0 to 1; None where they are not finite."""
+        if self.decision.reason is Reason.NON_FINITE:
+            return None
+        return self.strategies.controller_state(self.scalars).determinism
+
+    def run(self, rollback: ExitStack) -> None:
+        """Searches; `rollback` undoes what the closure and a wrapped optimizer have changed."""
+        direction, controller, update, _, process_group = self.strategies
+        rollback.callback(self.before.restore)
+        center = self.evaluator.gradient_pass(self.closure, self.loss, self.params, self.before)
+        # Closures may return one tensor each time, as replayed graphs do.
+        self.center = center.clone() if self.is_due else center
+        self.decision = Decision(self.rate, 0.0, Reason.HELD)
+        # Elsewhere the check waits for the device, which a step without a measurement does not.
+        is_finite, is_sloping = True, True
+        if self.is_due or center.is_cpu:
+            is_finite, is_sloping = inspect(center, self.params, process_group)
+        if not is_finite:
+            self.before.restore_buffers()
+            self.decision = Decision(self.rate, 0.0, Reason.NON_FINITE)
+            return
+        if controller.needs_slope and not is_sloping:
+            # There is nothing to measure: only a wrapped optimizer moves.
+            if direction.base is None:
+                return
+            self.is_due = False
+        if not self.is_preview:
+            update.observe(self.groups, self.state, look=self.is_due)
+        is_kept = self.is_due or update.averages or self.is_preview
+        line = self.line = direction.line(self.groups, self.state, self.rate, is_kept)
+        rollback.callback(line.restore)
+        samples = self._measure(line) if self.is_due else None
+        if samples is None:
+            self.decision = Decision(self.rate, self.rate, Reason.HELD)
+            return
+        state, self.decision = controller.update(
+            self.strategies.controller_state(self.scalars), self.rate, samples
+        )
+        self.scalars.update(flatten(state, CONTROLLER_STATE))
+        if self.decision.reason is Reason.NON_FINITE and math.isfinite(samples.loss_center):
+            self.before.restore()
+
+    def _measure(self, line: Line) -> LineSamples | None:
+        """Measures the line; None where memory runs out repeatedly, to continue without."""
+        schedule, scalars = self.strategies.schedule, self.scalars
+        state, diagnostics = self.strategies.controller_state(scalars), self.evaluator.diagnostics
+        try:
+            samples, unequal = self._probe(line, state)
+        except Exception as error:
+            # One process of several cannot continue on its own.
+            if (
+                not is_out_of_memory(error)
+                or world_size(self.strategies.process_group) > 1
+                or not schedule.record_memory_failure(scalars)
+            ):
+                raise
+            diagnostics.warn("memory", failures=scalars[OUT_OF_MEMORY], rate=self.rate)
+            return None
+        schedule.record_measurement(scalars)
+        if samples.contradicts_gradient and not state.fits:
+            change = samples.slope * samples.distance
+            diagnostics.warn("constant", loss=samples.loss_center, change=change)
+        if unequal is not None:
+            expected, repeated = unequal
+            name = "unrepeatable" if self.loss is None else "unequal"
+            diagnostics.warn(name, expected=expected, repeated=repeated)
+        return samples
+
+    def _probe(self, line: Line, state: Any) -> tuple[LineSamples, tuple[float, float] | None]:
+        """Plans a measurement, and evaluates it."""
+        _, controller, _, schedule, process_group = self.strategies
+        scalars, evaluator, two_phases = self.scalars, self.evaluator, self.loss is not None
+        # A caller who has access to the gradients may have clipped them.
+        gradient_unmodified = not (two_phases or evaluator.runs_backward)
+        check = state.slope_check
+        slope = None if check is None else line.slope()
+        has_warned = evaluator.diagnostics.given & {"unequal", "unrepeatable"}
+        plan = ProbePlan(
+            distance=controller.probe_distance(state, self.rate),
+            slope=slope,
+            behind=slope is None or check is None or check.due or not gradient_unmodified,
+            is_audit=schedule.is_audit(scalars) and not has_warned,
+            two_phases=two_phases,
+            gradient_unmodified=gradient_unmodified,
+        )
+        losses = schedule.padded_losses(scalars)
+        with evaluator.probing(
+            self.closure, self.params, scalars, self.before, two_phases=two_phases
+        ) as probes:
+            samples, unequal = measure(line, plan, probes, self.center, losses, process_group)
+            if unequal is not None and not probes.have_gradients:
+                # The loss may repeat itself only with gradients enabled.
+                probes.with_gradients = True
+                samples, unequal = measure(line, plan, probes, self.center, losses, process_group)
+                scalars[PROBES_WITH_GRADIENTS] = unequal is None
+        self.probes = probes.count
+        return samples, unequal
+
+
+class Preview:
+    """The line that a step would move along, see `LQA.preview`.
+
+    It is valid until a gradient is computed in place of its own.
+
+    Attributes:
+        rate: the rate of the step; zero where no step would be taken.
+
+    Example:
+        >>> line = opt.preview(closure)
+        >>> losses = line.losses([0.0, line.rate, 2.0 * line.rate])
+    """
+
+    def __init__(self, search: StepSearch) -> None:
+        self.rate = search.decision.step
+        self._search = search
+
+    @torch.no_grad()
+    def losses(self, rates: Iterable[float]) -> list[float]:
+        """Evaluates the loss at several rates, free of side effects, and moves nothing.
+
+        Args:
+            rates: points of the line; zero is where the parameters are now.
+
+        Returns:
+            The losses, in the order of the rates.
+        """
+        search = self._search
+        now = search.evaluator.tracker.capture(search.params)
+        line = Line([] if search.line is None else search.line.blocks)
+        try:
+            with search.evaluator.probing(
+                search.closure, search.params, search.scalars, search.before, two_phases=True
+            ) as probes:
+                return [*map(float, line.losses(probes.evaluate, rates))]
+        finally:
+            now.restore()

@@ -3,8 +3,6 @@
 `LQA.step` is the data flow: gradient pass, direction, probes on the line, quadratic, rate, update.
 """
 
-# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
-
 from __future__ import annotations
 
 import math
@@ -30,8 +28,8 @@ from quadstep.controllers import (
 from quadstep.directions import Gradient, OptimizerStep, RMSNormalized
 from quadstep.gradients import gradients_of, mark_used
 from quadstep.groups import GroupOptimizer, Strategies
-from quadstep.measurement import COUNTS, Schedule
-from quadstep.search import Preview, StepSearch
+from quadstep.measurement import Preview, StepSearch
+from quadstep.schedule import COUNTS, Schedule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,10 +63,6 @@ class Report:
     forwards: int
     backwards: int
     counts: Mapping[Reason, int] = field(default_factory=dict[Reason, int])
-
-
-_NO_STEP: tuple[Tensor | None, Reason, int, int] = (None, Reason.INITIAL, 0, 0)
-"""What there is to report before a step."""
 
 
 class LQA(GroupOptimizer):
@@ -119,7 +113,7 @@ class LQA(GroupOptimizer):
         arguments.check_lr(lr)
         own = {"direction": direction, "delta0": delta0, "weight_decay": weight_decay}
         base = arguments.check_params(params, own, searching=(LQA, torch.optim.LBFGS))
-        arguments.check_choices(direction, averaging)
+        arguments.check_options(direction, averaging, every, delta0)
         normalized = base is None and direction != "sgd"
         averaged = averaging == "schedule-free" or (averaging == "auto" and normalized)
         if every is None:
@@ -128,8 +122,6 @@ class LQA(GroupOptimizer):
             delta0 = 1e-4 if normalized else 0.1
         if weight_decay is None:
             weight_decay = 0.01 if normalized else 0.0
-        arguments.check_every(every)
-        arguments.check_delta0(delta0)
         config = TrustRegionConfig()
         if not averaged:
             # Momentum lets the loss fall and rise by turns, so damping ends more slowly.
@@ -145,7 +137,6 @@ class LQA(GroupOptimizer):
             Schedule(int(every), keeps_losses=averaged),
             process_group,
         )
-        self._last = _NO_STEP
         super().__init__(params, strategies, {"lr": float(delta0), "weight_decay": weight_decay})
 
     @classmethod
@@ -232,7 +223,7 @@ class LQA(GroupOptimizer):
         self._adopt()
         if closure is None and is_state_request(self.param_groups, self.state):
             return self._initialize()
-        search = self._search(closure, loss)
+        search = self._search(closure, loss, is_preview=False)
         try:
             with ExitStack() as rollback:
                 search.run(rollback)
@@ -297,25 +288,9 @@ class LQA(GroupOptimizer):
             self._evaluator.tracker.reshard()
         self._scalars[TRAINING] = True
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state; training continues bit for bit as it would have where it was saved.
-
-        Raises:
-            ValueError: the state was saved by another optimizer, version or configuration.
-        """
-        super().load_state_dict(state_dict)
-        self._last = _NO_STEP
-
-    def _search(self, closure: Any, loss: Any, *, is_preview: bool = False) -> StepSearch:
+    def _search(self, closure: Any, loss: Any, is_preview: bool) -> StepSearch:
         """Checks the arguments of a step, and resets the rates."""
         arguments.check_call(closure, loss, self._scalars[TRAINING])
         self._reset_rates()
-        return StepSearch(
-            self.strategies,
-            self._evaluator,
-            self.param_groups,
-            self.state,
-            closure,
-            loss,
-            is_preview=is_preview,
-        )
+        own = (self.strategies, self._evaluator, self.param_groups, self.state)
+        return StepSearch(*own, closure, loss, is_preview)

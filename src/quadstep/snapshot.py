@@ -3,9 +3,6 @@
 These are the random generators, the buffers of modules, and the state of DDP and FSDP modules.
 """
 
-# Buffers and the state of parallel modules are private in name alone.
-# pyright: reportPrivateUsage=false
-
 from __future__ import annotations
 
 import ctypes
@@ -17,7 +14,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -114,8 +111,7 @@ class Snapshot:
         )
 
 
-_STANCE = threading.RLock()
-"""Held while the stance of torch's compiler, which is one for all threads, is changed."""
+_STANCE = threading.RLock()  # held while the stance of torch's compiler, global, is changed
 
 
 class ModuleTracker:
@@ -135,17 +131,15 @@ class ModuleTracker:
         """Copies and pickles track anew: their closures run other modules."""
         return ModuleTracker, ()
 
-    def tracking(
-        self, snapshot: Snapshot, params: Iterable[Tensor]
-    ) -> AbstractContextManager[None]:
+    @contextmanager
+    def tracking(self, snapshot: Snapshot, params: Iterable[Tensor]) -> Generator[None]:
         """Tracks the modules that run, where that is due, and adds their state to a snapshot.
 
         Compiled modules run eagerly meanwhile: a hook that is there once would be compiled in.
         """
-        return self._track(snapshot, params) if self._is_due else nullcontext()
-
-    @contextmanager
-    def _track(self, snapshot: Snapshot, params: Iterable[Tensor]) -> Generator[None]:
+        if not self._is_due:
+            yield
+            return
         seen, thread = set(self._alive()), threading.get_ident()
         device_types = {param.device.type for param in params}
 

@@ -122,10 +122,8 @@ class SlopeCheck:
         counted = replace(self, measurements=self.measurements + 1)
         if samples.loss_behind is None or samples.slope_unresolved:
             return counted
-        measured, implied = (
-            Quadratic.fit(samples),
-            Quadratic.fit(replace(samples, loss_behind=None)),
-        )
+        measured = Quadratic.fit(samples)
+        implied = Quadratic.fit(replace(samples, loss_behind=None))
         steepest = max(abs(measured.slope), abs(implied.slope))
         largest = max(abs(measured.curvature), abs(implied.curvature))
         scale = max(largest, damping * divide(steepest, 2.0 * samples.distance))

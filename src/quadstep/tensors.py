@@ -1,8 +1,5 @@
 """Operations on lists of tensors of any device, type and mesh, and on all processes."""
 
-# torch.optim itself is built from the foreach operations, private in name alone.
-# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
-
 from __future__ import annotations
 
 import math

@@ -55,7 +55,7 @@ def fast() -> TrustRegionController:
 def with_checks(checks=SlopeCheck.INITIAL_CHECKS):
     """A state whose slope check has passed so many times."""
     check = SlopeCheck(checks=checks, measurements=1)
-    return replace(fast().initial_state(), slope_check=check)
+    return replace(fast().state_type(), slope_check=check)
 
 
 def record(rule, losses, reduction):
@@ -67,7 +67,7 @@ def record(rule, losses, reduction):
 
 def run(controller, rate, lines, state=None):
     """The state, the rates and the reasons of measurements of lines, given as functions."""
-    state = state or controller.initial_state()
+    state = state or controller.state_type()
     found, reasons = [], []
     for line in lines:
         samples = line(controller.probe_distance(state, rate))
@@ -169,7 +169,7 @@ class TestTrustRegionController:
     def test_the_rate_is_finite_positive_and_inside_its_clamp(self, make, rate, losses):
         controller = make()
         growth = controller.config.growth
-        state = with_checks() if make is fast else controller.initial_state()
+        state = with_checks() if make is fast else controller.state_type()
         for ahead, center, behind, slope in losses:
             distance = controller.probe_distance(state, rate)
             seen = behind if state.slope_check.due else None
@@ -240,7 +240,7 @@ class TestTrustRegionController:
     )  # fmt: skip
     def test_each_safeguard(self, rate, line, expected):
         controller = undamped()
-        _, decision = controller.update(controller.initial_state(), rate, sample_line(line, rate))
+        _, decision = controller.update(controller.state_type(), rate, sample_line(line, rate))
         assert decision.rate == pytest.approx(expected.rate)
         assert decision.step == pytest.approx(expected.step)
         assert decision.reason is expected.reason
@@ -271,12 +271,12 @@ class TestTrustRegionController:
         assert found[-1] == pytest.approx(0.5, rel=0.2)
 
     def test_the_probes_stay_within_what_single_precision_can_multiply_a_step_by(self):
-        far = replace(undamped().initial_state(), minimum_distance=1e30)
+        far = replace(undamped().state_type(), minimum_distance=1e30)
         assert undamped().probe_distance(far, 1.0) == 1e30
         assert undamped().probe_distance(far, 1e-30) == 1.0
 
     def test_probes_that_went_too_far_do_not_reduce_the_rate(self):
-        far = replace(undamped().initial_state(), minimum_distance=1e3)
+        far = replace(undamped().state_type(), minimum_distance=1e3)
         state, decision = undamped().update(far, 0.1, LineSamples(1e3, math.inf, 1.0, math.inf))
         assert decision.rate == 0.1
         assert undamped().probe_distance(state, decision.rate) == 0.1
@@ -291,7 +291,7 @@ class TestTrustRegionController:
     def test_an_outlier_is_averaged_and_many_in_a_row_replace_the_average(self):
         controller = undamped()
         state, _ = controller.update(
-            controller.initial_state(), 1.0, sample_line(Quadratic(2.0, 1.0), 1.0)
+            controller.state_type(), 1.0, sample_line(Quadratic(2.0, 1.0), 1.0)
         )
         outlier = sample_line(Quadratic(2e-6, 1e-4), 0.01)
         for _ in range(9):
@@ -304,7 +304,7 @@ class TestTrustRegionController:
     def test_controllers_are_values_and_leave_states_as_they_are(self, make):
         controller = pickle.loads(pickle.dumps(make()))
         assert controller == make()
-        state = controller.initial_state()
+        state = controller.state_type()
         before = pickle.dumps(state)
         controller.update(state, 0.1, sample_line(Quadratic(1.0, 1.0), 0.1))
         assert pickle.dumps(state) == before
@@ -390,7 +390,7 @@ class TestPolyakStepCap:
         rate = quadratic.minimizer
         samples = sample_line(quadratic, rate, loss)
         controller = damped()
-        return controller.update(controller.initial_state(), rate, samples)[1].rate
+        return controller.update(controller.state_type(), rate, samples)[1].rate
 
     @given(coefficients, coefficients, st.floats(1.0, 100.0))
     def test_the_vertex_of_a_line_that_stays_above_zero_is_trusted(self, slope, curvature, factor):

@@ -12,7 +12,7 @@ from quadstep.quadratic import LineSamples
 )
 def test_states_are_plain_scalars_under_dotted_keys(controller):
     state, _ = controller.update(
-        controller.initial_state(), 0.1, LineSamples(0.1, 0.9, 1.0, 1.2, slope=math.nan)
+        controller.state_type(), 0.1, LineSamples(0.1, 0.9, 1.0, 1.2, slope=math.nan)
     )
     flat = flatten(state, "lqa.controller.")
     assert {type(value) for value in flat.values()} <= {int, float}
@@ -22,6 +22,6 @@ def test_states_are_plain_scalars_under_dotted_keys(controller):
 
 
 def test_a_missing_key_is_named():
-    state = VertexController().initial_state()
+    state = VertexController().state_type()
     with pytest.raises(KeyError, match=r"lqa\.quadratic\.slope"):
         unflatten(type(state), {"lqa.fits": 0}, "lqa.")
