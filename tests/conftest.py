@@ -3,8 +3,12 @@
 import pytest
 import torch
 from configurations import CONFIGURATIONS
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# Other processes may hold the processor for longer than any deadline.
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(params=CONFIGURATIONS)

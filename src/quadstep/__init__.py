@@ -2,7 +2,7 @@
 
 quadstep implements LQA (Zhu et al., "Automatic, Dynamic, and Nearly Optimal Learning Rate
 Specification by Local Quadratic Approximation"): along a given update direction the loss is nearly
-a parabola in the rate, one or two forward passes measure it, and its minimiser is the rate.
+a parabola in the rate, one or two forward passes measure it, and its minimizer is the rate.
 """
 
 from typing import TYPE_CHECKING, Any

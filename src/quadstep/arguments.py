@@ -38,11 +38,11 @@ def check_params(
         )
     inner: Any = params
     while isinstance(getattr(inner, "optimizer", None), Optimizer):
-        # Those of Accelerate have the modes of all.
+        # Accelerate's wrapper has both modes for every optimizer, so the one inside counts.
         inner = inner.optimizer
     if all(callable(getattr(inner, mode, None)) for mode in ("train", "eval")):
         raise TypeError(
-            f"LQA cannot wrap {name}, which has train() and eval() modes of its own and averages "
+            f"LQA cannot wrap {name}, which has separate train() and eval() modes and averages "
             "its iterates; LQA(params) does so, too, and LQA(torch.optim.AdamW(params), "
             'averaging="schedule-free") around another optimizer'
         )
@@ -82,7 +82,7 @@ def check_params(
         )
     if _needs_closure(params):
         raise TypeError(
-            f"LQA cannot wrap {name}, whose step() needs a closure of its own; wrap one that steps "
+            f"LQA cannot wrap {name}, whose step() needs a closure; wrap one that steps "
             "from the gradients alone, such as torch.optim.AdamW(params)"
         )
     return params
@@ -107,7 +107,7 @@ def check_lr(lr: Any) -> None:
 
 
 def _needs_closure(base: Optimizer) -> bool:
-    """Whether a step fails without a closure and not with one, as tried on a copy."""
+    """Whether step() fails without a closure and succeeds with one, tried on a copy."""
     step: Any = type(base).step
     parameter = inspect.signature(step).parameters.get("closure")
     if parameter is not None and parameter.default is inspect.Parameter.empty:
@@ -121,7 +121,7 @@ def _needs_closure(base: Optimizer) -> bool:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                step(_stand_in(base), *closures)
+                step(_copy_with_small_params(base), *closures)
         except Exception:
             return False
         finally:
@@ -131,7 +131,7 @@ def _needs_closure(base: Optimizer) -> bool:
     return not succeeds() and succeeds(lambda: torch.zeros((), requires_grad=True))
 
 
-def _stand_in(base: Optimizer) -> Optimizer:
+def _copy_with_small_params(base: Optimizer) -> Optimizer:
     """A copy with parameters of one entry and without state."""
     copied: Optimizer = object.__new__(type(base))
     memo: dict[int, Any] = {id(base): copied, id(base.state): defaultdict[Tensor, Any](dict)}
@@ -140,7 +140,7 @@ def _stand_in(base: Optimizer) -> Optimizer:
             small = nn.Parameter(torch.zeros([1] * param.dim()))
             small.grad = torch.zeros_like(small)
             memo[id(param)] = small
-    # Not as it is pickled, which leaves its own attributes out.
+    # deepcopy(base) would go through __getstate__, which drops the attributes of subclasses.
     vars(copied).update(copy.deepcopy(vars(base), memo))
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         setattr(copied, hooks, OrderedDict[int, Any]())

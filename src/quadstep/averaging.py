@@ -42,7 +42,11 @@ class Update(Protocol):
         """Makes the state of parameters that have none."""
 
     def observe(self, groups: Groups, state: State, look: bool) -> None:
-        """Follows the caller's changes; to look for hidden ones waits for the device."""
+        """Applies the caller's changes of the parameters.
+
+        With `look`, contents are compared, too, which waits for the device but also finds writes
+        that leave the version unchanged.
+        """
 
     def apply(
         self, line: Line, groups: Groups, state: State, step: float, determinism: float | None
@@ -57,13 +61,13 @@ class Update(Protocol):
         """Puts the averaged weights into the parameters."""
 
     def resume(self, groups: Groups, state: State) -> None:
-        """Puts the weights back that training goes on from."""
+        """Puts the weights back from which training continues."""
 
     def save(self, groups: Groups, packed: dict[Any, Any]) -> None:
-        """Completes the per-parameter state of a state dict, and leaves the live one alone."""
+        """Adds to the per-parameter state of a state dict; the live state is unchanged."""
 
     def load(self, groups: Groups, state: State) -> None:
-        """Goes on from a loaded state; parameters may be loaded before or after."""
+        """Resumes from a loaded state; parameters may be loaded before or after it."""
 
 
 class PlainUpdate(Update):
@@ -90,8 +94,8 @@ class ScheduleFree(Update):
         beta: weight of x in y.
         z_step_scale: step of z in units of the measured rate; y moves by a fraction of it.
         weight_power: the n-th z has a weight of about n to this power in x.
-        max_momentum_scale: where losses are deterministic, steps of z are longer by a scale, at
-            most this, and y takes as much less of z.
+        max_momentum_scale: largest momentum scale. Where losses are deterministic, the step of z is
+            multiplied by the scale, and the weight of z in y is divided by it.
 
     Example:
         >>> update = ScheduleFree(beta=0.9)
@@ -107,7 +111,7 @@ class ScheduleFree(Update):
     max_momentum_scale: float = 3.0
 
     def __post_init__(self) -> None:
-        # y as the last step left it; watched is what the caller has changed lately.
+        # _y: parameters as the last step left them; _watched: those the caller changed lately.
         self._y, self._watched = ChangeDetector(), ChangeDetector(exact=True)
         self._x = ChangeDetector()
         self._frozen: set[Tensor] = set()
@@ -135,7 +139,7 @@ class ScheduleFree(Update):
                 if "z" not in state.get(param, ()):
                     detector.remove(param)
         for param in self._watched:
-            # Before any z moves.
+            # Every shape is checked before any z changes.
             check_shape(_real(param), state[param]["z"])
         changed = self._watched.changed()
         for param in self._watched:
@@ -203,14 +207,14 @@ class ScheduleFree(Update):
 
     @torch.no_grad()
     def save(self, groups: Groups, packed: dict[Any, Any]) -> None:
-        """Adds the checksums; z follows before it is saved, as copies of y are not saved."""
+        """Adds the checksums; z follows changes of y, since copies of y are not saved."""
         changed = self._watched.changed()
         for number, param in enumerate(parameters(groups)):
             own = packed.get(number, {})
             if "z" in own:
                 if param in self._watched:
                     own = self._followed(param, own, changed, groups)
-                    # The next step counts once more.
+                    # The next step adds it again.
                     own["unchanged_steps"] -= 1
                 checksums = {"y_checksum": self._y.checksum(param)}
                 checksums["x_checksum"] = self._x.checksum(param)
@@ -237,13 +241,13 @@ class ScheduleFree(Update):
         return (1.0 + self.weight_power) / (groups[0][UPDATES] + self.weight_power)
 
     def _adapt(self, groups: Groups, state: State, determinism: float) -> None:
-        """Sets the momentum scale: at most such that x draws y along no further than a step does.
+        """Sets the momentum scale, bounded so that x pulls y by no more than one step.
 
-        More momentum adds up steps along a valley and cancels those across it. x stays, and y or z
-        moves closer to it.
+        Momentum accumulates steps along a valley and cancels those across it. x is unchanged; y, or
+        z if the scale falls, moves toward it.
         """
-        drawn = (1.0 - self.beta) / self._newest_weight(groups)
-        scale = min(max(drawn, 1.0), self.max_momentum_scale) ** determinism
+        bound = (1.0 - self.beta) / self._newest_weight(groups)
+        scale = min(max(bound, 1.0), self.max_momentum_scale) ** determinism
         if scale == groups[0][MOMENTUM_SCALE]:
             return
         old = self._momentum(groups)
@@ -273,10 +277,11 @@ class ScheduleFree(Update):
     def _followed(
         self, param: Tensor, own: dict[str, Any], changed: set[Tensor], groups: Groups
     ) -> dict[str, Any]:
-        """The state of a watched parameter once z has followed y.
+        """The state of a watched parameter after z has followed the change of y.
 
-        A change of y that undoes a step also undoes that of z, whose distance from y it reduces by
-        at most beta / (1 - beta) times itself; one that is small beside a step shifts z.
+        z shifts by the change, and its distance from y shrinks by at most beta / (1 - beta) times
+        the change. So a mask that undoes a step also undoes that of z, and a change that is small
+        beside a step keeps the average.
         """
         if param not in changed:
             return own | {"unchanged_steps": own["unchanged_steps"] + 1}

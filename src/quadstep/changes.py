@@ -1,4 +1,4 @@
-"""Detects which tensors someone else has changed."""
+"""Detects which tensors code outside the optimizer has changed."""
 
 import math
 from collections.abc import Iterator
@@ -100,11 +100,11 @@ class ChangeDetector:
 def _checksum(tensor: Tensor) -> Tensor:
     """The sum of the bits of this process's part, modulo 2**64, in rows with odd weights.
 
-    Entries are packed in 64 bits, or columns have weights, too, so that what changes places or
-    signs shows.
+    Entries are packed in 64 bits, or columns have weights, too, so that permutations and changes of
+    sign alter the sum.
     """
     (part,) = real_views(local([tensor.detach()]))
-    # In the order of memory; any other is slow.
+    # Memory order; other orders are slow.
     part = part.permute(sorted(range(part.dim()), key=part.stride, reverse=True))
     flat, size = part.reshape(-1), part.element_size()
     # The signs of an even number of 64-bit floats would cancel.

@@ -82,15 +82,15 @@ def clear_scalars(group: dict[str, Any]) -> None:
         del group[key]
 
 
-def carry_scalars(known: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-    """Copies the known scalars to the first group if another has taken its place; returns it."""
+def move_scalars(known: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """Copies the known scalars to a first group that has replaced another; returns the group."""
     if group is not known and VERSION not in group:
         group.update(scalars_of(known))
     return group
 
 
 @contextmanager
-def unchanged(groups: Groups, state: Any) -> Generator[None]:
+def restored(groups: Groups, state: Any) -> Generator[None]:
     """Restores groups, per-parameter state and gradients at the end."""
     params = parameters(groups)
     gradients = [param.grad for param in params]
@@ -111,7 +111,7 @@ def unchanged(groups: Groups, state: Any) -> Generator[None]:
 
 
 def to_python_numbers(value: Any) -> Any:
-    """Replaces NumPy's numbers, with which checkpoints are loaded only if they are trusted."""
+    """Replaces NumPy's numbers, which `torch.load(weights_only=True)` refuses."""
     if isinstance(value, dict):
         entries = cast(dict[Any, Any], value)
         return {key: to_python_numbers(entry) for key, entry in entries.items()}
@@ -123,7 +123,7 @@ def to_python_numbers(value: Any) -> Any:
 
 
 def is_state_request(groups: Groups, state: Any) -> bool:
-    """Whether a step is one of `torch.distributed.checkpoint`, which wants the state created.
+    """Whether `torch.distributed.checkpoint` calls `step` to have the state created.
 
     It steps a fresh optimizer at a rate of zero, with gradients of zero.
     """

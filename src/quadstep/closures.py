@@ -21,7 +21,7 @@ Closure = Callable[[], Tensor]
 
 PROBES_WITH_GRADIENTS = "lqa.probes_with_gradients"  # whether the closure needs them
 
-SAME_LOSS = 0.999  # cosine from which gradients in place were of the closure's loss
+SAME_LOSS = 0.999  # cosine above which gradients in place are taken to be of the closure's loss
 SAME_MODIFIED_LOSS = 0.1  # the same after clipping, scaling or accumulation
 DROPPED_CHECKS = 100  # steps in which gradients in place are compared
 
@@ -98,13 +98,13 @@ class ClosureEvaluator:
                 for param, gradient in zeros.items():
                     param.grad = gradient
                 self._note_backward(closure)
-            self._check_dropped(found, modified)
+            self._warn_if_dropped(found, modified)
         return loss
 
     def _has_run_backward(self, params: list[Tensor], found: dict[Tensor, Tensor]) -> bool:
-        """Whether the closure has: a gradient is new beside those found before it.
+        """Whether the closure ran backward: there are gradients newer than those found before it.
 
-        Gradients that are zero now have been cleared, unless the closure is known to run backward.
+        A zero gradient counts as cleared, unless a closure is known to run backward.
         """
         if not found and all(param.grad is None for param in params):
             return False
@@ -117,7 +117,7 @@ class ClosureEvaluator:
             # The closures of frameworks run backward on purpose.
             self.diagnostics.warn("backward")
 
-    def _check_dropped(self, found: dict[Tensor, Tensor], modified: bool) -> None:
+    def _warn_if_dropped(self, found: dict[Tensor, Tensor], modified: bool) -> None:
         """Warns of gradients of the same loss that the closure's own have replaced.
 
         Gradients of another loss, as a generator leaves in its discriminator, can be close to the
@@ -151,7 +151,7 @@ class ClosureEvaluator:
             # Probes draw from the generators that the gradient pass drew from.
             before, after = self.tracker.capture(params).pair_advanced(before)
         known = len(before.buffers)
-        # Out of reach of a closure that clears or accumulates gradients.
+        # Removed, so that a closure can neither clear them nor add to them.
         held = [(param, param.grad) for param in params]
         gradients.clear_gradients(params)
         try:
@@ -173,7 +173,7 @@ class Probes:
     params: list[Tensor]
     scalars: dict[str, Any]
     before: Snapshot
-    with_gradients: bool = False  # enabled on trial
+    with_gradients: bool = False  # enabled for a second try
     dtype: torch.dtype | None = None  # of the first loss
     count: int = 0  # number of losses
 
@@ -218,6 +218,6 @@ class Probes:
 
 
 def _needs_gradients(error: Exception) -> bool:
-    """Whether a closure may have failed for want of a graph, which its own checks name freely."""
+    """Whether a closure may have failed for lack of a graph; its checks may raise any of these."""
     named = isinstance(error, RuntimeError) and _NEEDS_GRADIENTS.search(str(error)) is not None
     return named or isinstance(error, AssertionError | AttributeError | TypeError | ValueError)

@@ -180,8 +180,8 @@ def _check(config: object, names: str, low: float, high: float) -> None:
 class Damping:
     """Damps the minimizer while the loss rises: the rule for iterates that are not averaged.
 
-    The quadratic of one batch has its minimum too far out, for the noise of the batch slopes down
-    along a direction made from it. A loss that rises on the batches that follow shows this.
+    The noise of a batch also decreases along a direction computed from it, so the minimizer of one
+    batch is too far out. A loss that rises on the batches that follow shows this.
     """
 
     decrease: float = 0.98  # factor of the damping at a measurement while the loss rises
@@ -236,7 +236,7 @@ class SufficientDecrease:
     overdue: int = 20  # measurements since a success from which on a higher loss contracts
     decay_power: float = 3.0  # the rate then falls with the updates to this negative power
     expansion: float = 1.7  # factor of the rate for each success
-    converged: float = 0.01  # fraction of the peak loss below which any stable rate succeeds
+    converged: float = 0.01  # fraction of the peak loss below which the radius expands no more
     peak_decay: float = 0.999  # factor of the peak loss at a measurement
     mean_weight: float = 0.3  # of the newest loss in the second mean, a fast one
     spread_decay: float = 0.03  # weight of a deviation below the spread, against false positives
@@ -340,7 +340,7 @@ class TrustRegionController:
         config, rate = self.config, _clamp(rate)
         check = state.slope_check.update(samples, state.region.damping)
         if check.passes and samples.is_finite:
-            # The fits that are averaged are of one kind, checks included.
+            # Only fits of one kind are averaged.
             samples = replace(samples, loss_behind=None)
         fit, center = Quadratic.fit(samples), samples.loss_center
         unresolved, is_finite = samples.curvature_unresolved, samples.is_finite
@@ -421,7 +421,7 @@ class TrustRegionController:
         cap = config.step_cap * loss / quadratic.slope if loss else math.inf
         minimizer = _clamp(min(region.damping * quadratic.minimizer, cap))
         if minimizer > limit:
-            # The step ends where the line was measured, the next probes go further.
+            # The step stays within the probed distance; the next probe is further out.
             distant = minimizer / config.catch_up
             distant = config.rule.clip(region, rate, distant) if limit == proposed else 0.0
             rate = max(limit, distant)

@@ -27,7 +27,9 @@ class Direction(Protocol):
     def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Computes the line of this step, and advances the per-parameter state once.
 
-        The line need not outlast a move along it unless it `is_kept`: probed or averaged.
+        The line stays valid after a move only if it `is_kept`: to be probed or averaged. Raises
+        RuntimeError for sparse gradients and ValueError for a parameter of another shape than its
+        state.
         """
         ...
 
@@ -53,11 +55,13 @@ class RMSNormalized(Direction):
     `square_avg <- decay * square_avg + (1 - decay) * g**2`, unbiased as Adam's;
     `d = g / sqrt(square_avg + eps**2)`, centralized, clipped; `d <- d + weight_decay * theta`.
 
-    Gradient centralization (Yong et al. 2020), here of the normalized gradient, subtracts the mean
-    over the inputs of each output (all dimensions but the first), but for an n-th of it, which
-    moves an output as far as its bias does: where inputs share a sign, as pixels and outputs of a
-    ReLU do, the rate would otherwise be bounded by these shifts. Update clipping keeps the root
-    mean square of the direction at most 1, as Adafactor does with d = 1.
+    Gradient centralization (Yong et al. 2020), here of the normalized gradient, subtracts (1 - 1/n)
+    of the mean over the n inputs of each output (all dimensions but the first). The part that is
+    left moves an output as far as its bias does. Where inputs share a sign, as pixels and outputs
+    of a ReLU do, the full mean would bound the rate. Update clipping keeps the root mean square of
+    the direction at most 1, as Adafactor does with d = 1.
+
+    The state of a parameter is `step` and `square_avg`.
 
     Args:
         decay: of the running mean square, per step.
@@ -96,7 +100,7 @@ class RMSNormalized(Direction):
         torch._foreach_addcmul_(squares, block.direction, block.direction, weights)
         # In half precision the square of eps is zero, and so is that of a small gradient.
         floors = [max(self.eps**2, _smallest_subnormal(square.dtype)) for square in squares]
-        # One pass through memory fewer than by way of the root.
+        # A reciprocal root and a product take one pass through memory less than a quotient.
         scales = torch._foreach_add(squares, floors)
         torch._foreach_rsqrt_(scales)
         torch._foreach_mul_(scales, block.direction)
@@ -113,7 +117,7 @@ class OptimizerStep(Direction):
         self.base = self._base = base
 
     def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
-        """Steps the base once; the line runs from before the step through where it arrived."""
+        """Steps the base once; the line starts before the step and passes through its end."""
         if not is_kept:
             self._base.step()
             return Line([])

@@ -1,4 +1,4 @@
-"""Whose gradients are in place: a step's, the caller's, or those of another backward pass.
+"""Tells gradients that a step has used from new ones, and inspects them.
 
 A step marks the gradients that it has used. What comes later, or is added to, is new.
 """
@@ -26,7 +26,7 @@ def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 def clear_gradients(params: Iterable[Tensor]) -> None:
-    """Clears them as `zero_grad` does, whose profiler record takes ten times as long."""
+    """Clears gradients; `zero_grad` records a profiler event, which takes ten times as long."""
     for param in params:
         param.grad = None
 
@@ -78,14 +78,14 @@ def inspect(
 ) -> tuple[bool, bool]:
     """Whether loss and gradients are finite, and whether any gradient is not zero.
 
-    Both must be known before any state advances. Processes see losses and shards of gradients of
-    their own, and all must take one branch.
+    Both must be known before any state advances. Processes hold different losses and shards, but
+    must take the same branch.
     """
     shards = tensors.local(gradients_of(params))
     dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in shards]
     parts = [grad for grad in tensors.real_views(dense) if grad.numel()]
     if loss.is_cpu:
-        values = [float(loss), *_sizes(parts)]
+        values = [float(loss), *_norms_or_extremes(parts)]
     else:
         # The largest size carries every inf and nan.
         sizes = torch._foreach_norm(parts, math.inf) if parts else ()
@@ -101,7 +101,7 @@ def inspect(
     return finite, sloping
 
 
-def _sizes(grads: list[Tensor]) -> list[float]:
+def _norms_or_extremes(grads: list[Tensor]) -> list[float]:
     """Numbers that are all zero where all gradients are, and not all finite where they are not."""
     norms = [float(norm) for norm in torch._foreach_norm(grads)] if grads else []
     if all(map(math.isfinite, norms)) and any(norms):

@@ -1,4 +1,4 @@
-"""Param groups as the only home of the scalars: the rates, and the state of the strategies."""
+"""Param groups as the storage of all scalars: the rates, and the state of the strategies."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class GroupOptimizer(Optimizer):
         else:
             super().add_param_group(param_group)
         param_group[RATE] = float(param_group["lr"])
-        # What earlier backward passes have left there belongs to no step of this optimizer.
+        # Gradients of earlier backward passes were not computed for this optimizer.
         mark_used(gradients_of(param_group["params"]))
         # Its modules may be ones that no closure has run yet.
         self._evaluator.tracker.look_again()
@@ -146,7 +146,7 @@ class GroupOptimizer(Optimizer):
         if (base := self.strategies.direction.base) is not None:
             self.param_groups, self.state = base.param_groups, base.state
         if self.param_groups:
-            self._scalars = checkpoint.carry_scalars(self._scalars, self.param_groups[0])
+            self._scalars = checkpoint.move_scalars(self._scalars, self.param_groups[0])
 
     def _reset_rates(self) -> None:
         """Resets the rates that others have written since the last step, and warns once."""

@@ -234,7 +234,7 @@ class StepSearch:
 class Preview:
     """The line that a step would move along, see `LQA.preview`.
 
-    It is valid until a gradient is computed in place of its own.
+    It is valid until the next backward pass that adds to the gradients.
 
     Attributes:
         rate: the rate of the step; zero where no step would be taken.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quadstep import arguments
 from quadstep.averaging import PlainUpdate, ScheduleFree
-from quadstep.checkpoint import TRAINING, clear_scalars, is_state_request, unchanged
+from quadstep.checkpoint import TRAINING, clear_scalars, is_state_request, restored
 from quadstep.closures import Closure
 from quadstep.controllers import (
     Damping,
@@ -40,14 +40,13 @@ class Report:
     """What the last step measured and did.
 
     Attributes:
-        loss: the loss before the step.
-        slope: a of equation (2), the decrease of the loss per unit of rate; smoothed where the
-            measurements are.
-        curvature: b of equation (2), likewise.
+        loss: the loss before the step; not a number before the first.
+        slope: a of equation (2), in units of the loss per rate; smoothed where measurements are.
+        curvature: b of equation (2), in units of the loss per squared rate, likewise.
         rate: the rate in force after the step.
         reason: why the rate is what it is.
-        forwards: evaluations of the closure.
-        backwards: backward passes.
+        forwards: evaluations of the closure in `step`.
+        backwards: backward passes in `step`.
         counts: how many steps ended for each reason since the optimizer was made.
 
     Example:
@@ -75,11 +74,13 @@ class LQA(GroupOptimizer):
         direction: "rms", the gradient over its running root mean square, centralized and clipped,
             or "sgd", the gradient. By default "rms".
         averaging: "schedule-free" averages the iterates and shows the average in `eval()`; None
-            keeps the last iterate. By default schedule-free along "rms", else None.
-        delta0: the first rate and probe distance; later ones are measured. By default 1e-4 along
-            "rms" and 0.1 along "sgd"; a wrapped optimizer brings its own learning rate.
-        every: steps from one measurement to the next, or one less by turns; steps between them
-            reuse the last estimate. By default 10 with averaging and 1 without.
+            keeps the last iterate. By default ("auto") schedule-free along "rms", else None.
+        delta0: the first rate and probe distance, a factor of the direction; later ones are
+            measured. By default 1e-4 along "rms" and 0.1 along "sgd"; a wrapped optimizer brings
+            its own learning rate.
+        every: steps from one measurement to the next, or one less, by the golden section, so that
+            measurements do not alias with periodic batches; the steps between reuse the last
+            estimate. By default 10 with averaging and 1 without.
         weight_decay: along "rms", decoupled as in AdamW, in units of the rate; groups may have
             their own. By default 0.01.
         process_group: the processes that train together, over which the measured losses are
@@ -191,21 +192,19 @@ class LQA(GroupOptimizer):
             },
         )
 
-    # Within a compiled train step it runs as it is; models and losses that are compiled stay so.
+    # Not traced by dynamo; compiled models and losses stay compiled.
     @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Closure | None = None, *, loss: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Takes one step.
 
-        Where all gradients are zero only a wrapped optimizer moves anything.
+        If all gradients are zero, nothing moves unless an optimizer is wrapped.
 
         Args:
             closure: runs the model forward on this step's batch and returns the loss, a scalar
-                tensor. It is called with gradients enabled once, and twice more without where the
-                step measures, or once where the slope of the gradient fits the losses. The first
-                measurement in a hundred steps takes one more call, to check that it returns the
-                same loss at the same parameters. What counts calls, as a metric does, belongs
-                outside of it and takes the output of the first call.
+                tensor. It is called once with gradients enabled. A step that measures calls it once
+                or twice more without, and the first measurement in a hundred steps once more, to
+                check that it repeats the loss. Update metrics outside the closure.
             loss: for the two-phase use: the caller has run `loss.backward()` already, the
                 gradients are taken as they are and the closure is only probed (three times where
                 the step measures). Must be what the closure returns at the same parameters.
@@ -268,13 +267,19 @@ class LQA(GroupOptimizer):
         """
         self._adopt()
         search = self._search(closure, None, is_preview=True)
-        with unchanged(self.param_groups, self.state), ExitStack() as rollback:
+        with restored(self.param_groups, self.state), ExitStack() as rollback:
             search.run(rollback)
         return Preview(search)
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Puts the averaged weights into the parameters, for validation and saving."""
+        """Puts the averaged weights into the parameters; without averaging nothing changes.
+
+        Example:
+            >>> opt.eval()
+            >>> validate(model)
+            >>> opt.train()
+        """
         if self._scalars[TRAINING]:
             self.strategies.update.show_average(self.param_groups, self.state)
             self._evaluator.tracker.reshard()

@@ -102,7 +102,7 @@ class Snapshot:
         assign([row[2] for row in rows], [row[3] for row in rows])
 
     def pair_advanced(self, earlier: Snapshot) -> tuple[Snapshot, Snapshot]:
-        """An earlier snapshot and this one, both with the generators alone that have advanced."""
+        """An earlier snapshot and this one, reduced to the generators that advanced in between."""
         rows = zip(earlier.generators, self.generators, strict=True)
         pairs = [(old, new) for old, new in rows if not old[0].equal(old[1], new[1])]
         return (

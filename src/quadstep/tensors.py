@@ -22,7 +22,7 @@ _PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor, known without the second that importing DTensor takes."""
+    """Whether a tensor is a DTensor, without importing DTensor, which takes a second."""
     if type(tensor) in _PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
@@ -84,7 +84,7 @@ def group_by_device(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def inner(one: Tensor, other: Tensor) -> Tensor:
-    """The inner product, in single precision at least; of shards a number with it as its mean."""
+    """The inner product, in single precision at least; for DTensors its mean is over processes."""
     dtype = torch.promote_types(one.dtype, torch.float32)
     one, other = one.to(dtype), other.to(dtype)
     if not (is_distributed(one) and is_distributed(other)):
@@ -98,7 +98,7 @@ def inner(one: Tensor, other: Tensor) -> Tensor:
 
 
 def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    """Plain tensors whose norm is that of all the tensors, which are of one device or mesh."""
+    """Plain tensors whose joint norm equals that of `tensors`, of one device or mesh."""
     if is_distributed(tensors[0]):
         return [full_tensor(get_total_norm(tensors))]
     return torch._foreach_norm(tensors)

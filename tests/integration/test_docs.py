@@ -69,9 +69,7 @@ def test_each_guarantee_names_tests_and_they_exist():
     assert len(guarantees) > 80
     assert [row for row in guarantees if not re.search(name, row)] == []
     if not (ROOT / "benchmarks").exists():
-        pytest.skip(
-            "the source distribution has no experiments, whose tests are named too"
-        )
+        pytest.skip("the source distribution has no experiments, whose tests are named too")
     assert sorted(set(re.findall(name, page)) - defined()) == []
 
 

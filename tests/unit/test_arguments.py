@@ -134,7 +134,7 @@ class TestErrors:
                 (
                     lambda p, kind=kind: LQA(kind(p)),
                     TypeError,
-                    f"LQA cannot wrap {kind.__name__}, whose step() needs a closure of its own; "
+                    f"LQA cannot wrap {kind.__name__}, whose step() needs a closure; "
                     "wrap one that steps from the gradients alone, such as "
                     "torch.optim.AdamW(params)",
                 )
@@ -143,7 +143,7 @@ class TestErrors:
             (
                 lambda p: LQA(Averaging(p)),
                 TypeError,
-                "LQA cannot wrap Averaging, which has train() and eval() modes of its own and "
+                "LQA cannot wrap Averaging, which has separate train() and eval() modes and "
                 "averages its iterates; LQA(params) does so, too, and "
                 'LQA(torch.optim.AdamW(params), averaging="schedule-free") around another '
                 "optimizer",
@@ -278,7 +278,7 @@ def test_optimizers_that_pass_modes_on_are_judged_by_what_they_wrap():
 
     params = [nn.Parameter(torch.ones(3))]
     assert LQA(Passing(torch.optim.SGD(params, lr=0.1))).rate == 0.1
-    with pytest.raises(TypeError, match="modes of its own"):
+    with pytest.raises(TypeError, match="separate train"):
         LQA(Passing(Averaging(params)))
 
 

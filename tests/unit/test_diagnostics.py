@@ -220,6 +220,21 @@ class TestOutOfMemory:
         assert opt.report.counts[Reason.HELD] < 149
         assert opt.rate != rate
 
+    def test_in_the_slope_is_told_as_in_probes(self, monkeypatch):
+        task = classification()
+        opt = LQA(task.model.parameters())
+
+        def slope(line):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr("quadstep.line.Line.slope", slope)
+        for step in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                opt.step(task.closure(step))
+        with pytest.warns(UserWarning, match=self.MESSAGE):
+            opt.step(task.closure(2))
+        assert opt.report.reason is Reason.HELD
+
     def test_now_and_then_is_the_callers(self):
         task = classification()
         opt = LQA(task.model.parameters(), direction="sgd")

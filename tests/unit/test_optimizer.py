@@ -318,3 +318,39 @@ class TestRatesFromOutside:
             with pytest.raises(ZeroDivisionError):
                 opt.step(failing)
         train(task, opt, range(5))
+
+
+class TestGroupsOfAnotherLQA:
+    """Their scalars are those of an optimizer that is gone."""
+
+    def test_a_list_of_groups_that_served_another(self, configuration):
+        task, fresh = classification(), classification()
+        groups = [{"params": list(task.model.parameters())}]
+        train(task, configuration(groups), range(12))
+        fresh.model.load_state_dict(task.model.state_dict())
+        own = {key: value for key, value in groups[0].items() if not key.startswith("lqa.")}
+        opts = [configuration(groups)]
+        opts.append(configuration([own | {"params": list(fresh.model.parameters())}]))
+        assert opts[0].report.counts == {}
+        for each, opt in zip((task, fresh), opts, strict=True):
+            train(each, opt, range(12, 24))
+        assert identical(values(task.model), values(fresh.model))
+
+    @pytest.mark.parametrize("averaging", [None, "schedule-free"])
+    def test_an_optimizer_that_is_wrapped_again(self, averaging):
+        task = classification()
+        base = torch.optim.SGD(task.model.parameters(), lr=0.1)
+        train(task, LQA(base), range(12))
+        opt = LQA(base, averaging=averaging)
+        assert opt.report.counts == {}
+        train(task, opt, range(12, 24))
+        assert sum(opt.report.counts.values()) == 12
+
+    def test_a_wrapped_optimizer_that_loads_the_state_of_its_wrapper(self):
+        task = classification()
+        base = torch.optim.SGD(task.model.parameters(), lr=0.1)
+        opt = LQA(base, averaging="schedule-free")
+        train(task, opt, range(14))
+        base.load_state_dict(opt.state_dict())
+        train(task, opt, range(14, 30))
+        assert sum(opt.report.counts.values()) == 30
