@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,6 +54,26 @@ def test_help(run, command):
     status, output, _ = run(*command.split(), "--help")
     assert status == 0
     assert "Usage: quadstep-bench" in output
+
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_the_documents_name_commands_and_options_that_exist(run):
+    lines = [line for page in DOCUMENTS for line in page.read_text().splitlines()]
+    named = [
+        re.findall(r"quadstep-bench ([a-z]+)((?: --[a-z]+(?: [\w./-]+)?)*)", line) for line in lines
+    ]
+    commands = {command: set() for found in named for command, _ in found}
+    for found in named:
+        for command, options in found:
+            commands[command].update(re.findall(r"--[a-z]+", options))
+    assert len(commands) > 6
+    for command, options in commands.items():
+        status, helped, _ = run(command, "--help")
+        assert status == 0, command
+        assert options <= set(re.findall(r"--[a-z]+", helped)), command
 
 
 @pytest.mark.parametrize(
