@@ -13,6 +13,8 @@ from quadstep.tensors import any_shard, full_tensor, group_by, is_distributed, l
 UNKNOWN = -1  # checksum of distributed tensors, and of those not recorded
 
 _SMALL = 2**14  # entries of the largest tensors for which a copy is faster than a checksum
+_VECTOR_ROWS = 2**10
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
@@ -100,19 +102,20 @@ class ChangeDetector:
 def _checksum(tensor: Tensor) -> Tensor:
     """The sum of the bits of this process's part, modulo 2**64, in rows with odd weights.
 
-    Entries are packed in 64 bits, or columns have weights, too, so that permutations and changes of
-    sign alter the sum.
+    Pairs of single precision are packed in 64 bits; of other types columns have weights, too. So
+    permutations and changes of sign alter the sum.
     """
     (part,) = real_views(local([tensor.detach()]))
     # Memory order; other orders are slow.
     part = part.permute(sorted(range(part.dim()), key=part.stride, reverse=True))
     flat, size = part.reshape(-1), part.element_size()
-    # The signs of an even number of 64-bit floats would cancel.
-    packed = size < 8 and flat.numel() * size % 8 == 0
-    if packed and flat.storage_offset() * size % 8:
+    packed = size == 4 and flat.numel() % 2 == 0
+    if packed and flat.storage_offset() % 2:
         flat = flat.clone()
     entries = flat.view(torch.int64 if packed else _INTEGERS[min(size, 4)])
-    table = entries.view(max(1, math.gcd(part.shape[:1].numel(), entries.numel())), -1)
+    # Vectors as rows of some length: one weight for each entry takes memory.
+    count = len(part) if part.dim() > 1 else _VECTOR_ROWS
+    table = entries.view(max(1, math.gcd(count, entries.numel())), -1)
     rows = _weighted_sum(table.sum(1, dtype=torch.int64))
     return rows if packed else rows + _weighted_sum(table.sum(0, dtype=torch.int64))
 

@@ -7,9 +7,12 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, cast, get_type_hints
 
+from torch import Tensor
+from torch.optim import Optimizer
+
 from quadstep.arguments import rate
-from quadstep.gradients import gradients_of, is_zero
-from quadstep.tensors import Groups, parameters
+from quadstep.gradients import clear_gradients, gradients_of, is_zero
+from quadstep.tensors import Groups, assign, copies, parameters
 
 T = TypeVar("T")
 
@@ -82,30 +85,41 @@ def clear_scalars(group: dict[str, Any]) -> None:
         del group[key]
 
 
-def move_scalars(known: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-    """Copies the known scalars to a first group that has replaced another; returns the group."""
-    if group is not known and VERSION not in group:
-        group.update(scalars_of(known))
-    return group
+def move_scalars(known: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """Moves the known scalars to the first group, unless that has its own; returns the group.
+
+    A group that another has taken the place of keeps none, so that it may come back.
+    """
+    first = groups[0]
+    if first is not known and (VERSION not in first or any(group is known for group in groups)):
+        scalars = scalars_of(known)
+        clear_scalars(known)
+        first.update(scalars)
+    return first
 
 
 @contextmanager
-def restored(groups: Groups, state: Any) -> Generator[None]:
-    """Restores groups, per-parameter state and gradients at the end."""
+def restored(groups: Groups, state: Any, base: Optimizer | None) -> Generator[None]:
+    """Restores groups, state, gradients and the attributes of a wrapped optimizer at the end."""
     params = parameters(groups)
     gradients = [param.grad for param in params]
-    saved_groups = [copy.copy(group) for group in groups]
-    saved_state = {param: copy.deepcopy(entry) for param, entry in state.items()}
-    for param in params:
-        param.grad = None
+    saved_groups, saved_state = [copy.copy(group) for group in groups], dict(state)
+    saved_base = {} if base is None else dict(vars(base))
+    tensors = [value for group in groups for value in group.values() if isinstance(value, Tensor)]
+    values = copies(tensors)
+    state.update({param: copy.deepcopy(entry) for param, entry in saved_state.items()})
+    clear_gradients(params)
     try:
         yield
     finally:
         for group, saved in zip(groups, saved_groups, strict=True):
             group.clear()
             group.update(saved)
+        assign(tensors, values)
         state.clear()
         state.update(saved_state)
+        if base is not None:
+            vars(base).update(saved_base)
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient
 

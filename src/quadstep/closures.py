@@ -38,7 +38,8 @@ def reading(loss: Tensor) -> Tensor | float:
 class ClosureEvaluator:
     """Evaluates closures."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_preview: bool = False) -> None:
+        self._is_preview = is_preview
         self.tracker = ModuleTracker()
         self.diagnostics = Diagnostics()
         self.runs_backward = False  # whether a closure was seen to run backward itself
@@ -90,7 +91,9 @@ class ClosureEvaluator:
             zeros = gradients.new_gradients(params)
             gradients.clear_gradients(params)
             try:
-                torch.autograd.backward(loss)
+                # Other parameters are part of training, but not of a preview.
+                inputs = [param for param in params if param.requires_grad]
+                torch.autograd.backward(loss, inputs=inputs if self._is_preview else None)
             except RuntimeError as error:
                 if not zeros or _RAN_BACKWARD not in str(error):
                     raise

@@ -146,15 +146,16 @@ class GroupOptimizer(Optimizer):
         if (base := self.strategies.direction.base) is not None:
             self.param_groups, self.state = base.param_groups, base.state
         if self.param_groups:
-            self._scalars = checkpoint.move_scalars(self._scalars, self.param_groups[0])
+            self._scalars = checkpoint.move_scalars(self._scalars, self.param_groups)
 
-    def _reset_rates(self) -> None:
+    def _reset_rates(self, warns: bool = True) -> None:
         """Resets the rates that others have written since the last step, and warns once."""
         for group in self.param_groups:
             written = arguments.rate(group["lr"])
             rate = group.setdefault(RATE, written)
             if written != rate:
-                self._evaluator.diagnostics.warn("lr", written=group["lr"], rate=rate)
+                if warns:
+                    self._evaluator.diagnostics.warn("lr", written=group["lr"], rate=rate)
                 _set_lr(group, rate)
 
     def _set_rates(self, rate: float) -> None:

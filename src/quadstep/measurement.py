@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from quadstep.groups import Strategies, rate_in_force
 from quadstep.line import Line
 from quadstep.quadratic import LineSamples
 from quadstep.schedule import OUT_OF_MEMORY, WAIT
-from quadstep.tensors import Groups, parameters, rank_mean, world_size
+from quadstep.tensors import Groups, parameters, rank_mean, real_views, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -260,7 +260,9 @@ class Preview:
         """
         search = self._search
         now = search.evaluator.tracker.capture(search.params)
-        line = Line([] if search.line is None else search.line.blocks)
+        blocks = [] if search.line is None else search.line.blocks
+        # Views of complex parameters are of the storage that they had.
+        line = Line([replace(block, params=real_views(block.owners)) for block in blocks])
         try:
             with search.evaluator.probing(
                 search.closure, search.params, search.scalars, search.before, two_phases=True

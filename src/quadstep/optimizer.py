@@ -17,7 +17,7 @@ from torch import Tensor
 from quadstep import arguments
 from quadstep.averaging import PlainUpdate, ScheduleFree
 from quadstep.checkpoint import TRAINING, clear_scalars, is_state_request, restored
-from quadstep.closures import Closure
+from quadstep.closures import Closure, ClosureEvaluator
 from quadstep.controllers import (
     Damping,
     Reason,
@@ -249,8 +249,8 @@ class LQA(GroupOptimizer):
     def preview(self, closure: Closure) -> Preview:
         """Measures the line of the step that `step(closure)` would take, and moves nothing.
 
-        Parameters, gradients, buffers, random state and the state of the optimizer stay as they
-        are.
+        The optimizer's parameters, their gradients, buffers, random state and the state of the
+        optimizer stay as they are. The step hooks of a wrapped optimizer run.
 
         Args:
             closure: as in `step`.
@@ -266,8 +266,9 @@ class LQA(GroupOptimizer):
             >>> losses = line.losses([0.0, line.rate, 2.0 * line.rate])
         """
         self._adopt()
-        search = self._search(closure, None, is_preview=True)
-        with restored(self.param_groups, self.state), ExitStack() as rollback:
+        base = self.strategies.direction.base
+        with restored(self.param_groups, self.state, base), ExitStack() as rollback:
+            search = self._search(closure, None, is_preview=True)
             search.run(rollback)
         return Preview(search)
 
@@ -280,6 +281,7 @@ class LQA(GroupOptimizer):
             >>> validate(model)
             >>> opt.train()
         """
+        self._adopt()
         if self._scalars[TRAINING]:
             self.strategies.update.show_average(self.param_groups, self.state)
             self._evaluator.tracker.reshard()
@@ -288,6 +290,7 @@ class LQA(GroupOptimizer):
     @torch.no_grad()
     def train(self) -> None:
         """Puts the weights back from which training continues."""
+        self._adopt()
         if not self._scalars[TRAINING]:
             self.strategies.update.resume(self.param_groups, self.state)
             self._evaluator.tracker.reshard()
@@ -296,6 +299,8 @@ class LQA(GroupOptimizer):
     def _search(self, closure: Any, loss: Any, is_preview: bool) -> StepSearch:
         """Checks the arguments of a step, and resets the rates."""
         arguments.check_call(closure, loss, self._scalars[TRAINING])
-        self._reset_rates()
-        own = (self.strategies, self._evaluator, self.param_groups, self.state)
+        self._reset_rates(warns=not is_preview)
+        # What a preview learns of its closure is not known of later ones.
+        evaluator = ClosureEvaluator(is_preview=True) if is_preview else self._evaluator
+        own = (self.strategies, evaluator, self.param_groups, self.state)
         return StepSearch(*own, closure, loss, is_preview)

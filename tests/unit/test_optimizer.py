@@ -354,3 +354,43 @@ class TestGroupsOfAnotherLQA:
         base.load_state_dict(opt.state_dict())
         train(task, opt, range(14, 30))
         assert sum(opt.report.counts.values()) == 30
+
+
+class TestGroupsThatChangePlaces:
+    """The scalars of the state are in whichever group is the first."""
+
+    @pytest.fixture
+    def started(self, configuration):
+        task = classification()
+        first, last = task.model[0], task.model[2]
+        opt = configuration([{"params": first.parameters()}, {"params": last.parameters()}])
+        train(task, opt, range(5))
+        return task, opt
+
+    @pytest.mark.parametrize("returns", [lambda group: group, dict], ids=["itself", "a copy"])
+    def test_the_first_leaves_and_comes_back(self, started, returns):
+        task, opt = started
+        gone = opt.param_groups.pop(0)
+        copied = returns(gone)
+        train(task, opt, range(5, 10))
+        opt.param_groups.insert(0, copied)
+        train(task, opt, range(10, 15))
+        assert sum(opt.report.counts.values()) == 15
+
+    def test_reversed_twice(self, started):
+        task, opt = started
+        for step in range(5, 15):
+            if step in (6, 9):
+                opt.param_groups.reverse()
+            opt.step(task.closure(step))
+        assert sum(opt.report.counts.values()) == 15
+
+    def test_in_eval_mode(self, started):
+        task, opt = started
+        gone = opt.param_groups.pop(0)
+        opt.eval()
+        opt.param_groups.insert(0, gone)
+        with pytest.raises(RuntimeError, match=r"call opt\.train\(\) first"):
+            opt.step(task.closure())
+        opt.train()
+        opt.step(task.closure())

@@ -118,3 +118,68 @@ def test_it_is_refused_in_eval_mode():
     opt.eval()
     with pytest.raises(RuntimeError, match=r"call opt\.train\(\) first"):
         opt.preview(task.closure())
+
+
+def test_a_learning_rate_from_outside_stays_and_the_step_warns_of_it():
+    task = classification()
+    for lr in (0.5, torch.tensor(0.5)):
+        opt = LQA([{"params": list(task.model.parameters()), "lr": lr}])
+        opt.step(task.closure())
+        if isinstance(lr, torch.Tensor):
+            lr.fill_(3.0)
+        else:
+            opt.param_groups[0]["lr"] = 3.0
+        opt.preview(task.closure())
+        assert opt.param_groups[0]["lr"] == 3.0
+        with pytest.warns(UserWarning, match="lr was set to"):
+            opt.step(task.closure())
+
+
+def test_what_its_closure_does_is_not_expected_of_others():
+    task = classification()
+    opt = LQA(task.model.parameters(), direction="sgd")
+
+    def running_backward():
+        loss = task.closure()()
+        if torch.is_grad_enabled():
+            loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="calls backward"):
+        opt.preview(running_backward)
+    opt.step(task.closure())
+    assert opt.report.backwards == 1
+
+
+def test_gradients_of_other_parameters_stay():
+    torch.manual_seed(0)
+    encoder, head = nn.Linear(4, 4), nn.Linear(4, 1)
+    head(torch.ones(1, 4)).sum().backward()
+    before = head.weight.grad.clone()
+    opt = LQA(encoder.parameters())
+    opt.preview(lambda: head(encoder(torch.ones(2, 4))).square().mean())
+    assert torch.equal(head.weight.grad, before)
+
+
+def test_the_state_of_a_wrapped_optimizer_stays_the_same_tensors():
+    task = classification()
+    base = torch.optim.Adam(task.model.parameters())
+    base.steps = 0
+    base.register_step_post_hook(lambda opt, *_: setattr(opt, "steps", opt.steps + 1))
+    opt = LQA(base)
+    train(task, opt, range(3))
+    before = [entry["exp_avg"] for entry in opt.state.values()]
+    opt.preview(task.closure())
+    assert all(
+        entry["exp_avg"] is tensor for entry, tensor in zip(opt.state.values(), before, strict=True)
+    )
+    assert base.steps == 3
+
+
+def test_after_the_storage_of_a_complex_parameter_was_replaced():
+    theta = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    opt = LQA([theta])
+    line = opt.preview(lambda: theta.abs().square().sum())
+    theta.data = theta.data.clone()
+    center, ahead = line.losses([0.0, 0.5])
+    assert center != ahead

@@ -275,3 +275,12 @@ def test_an_embedding_that_renormalises_itself_trains(configuration):
     for _ in range(100):
         loss = opt.step(lambda: functional.cross_entropy(head(table(index)), index))
     assert loss.item() < first
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_buffers_of_opaque_layouts():
+    layer = nn.Linear(4, 1)
+    layer.register_buffer("opaque", torch.ones(4).to_mkldnn())
+    opt = LQA(layer.parameters())
+    opt.step(lambda: layer(torch.ones(2, 4)).square().mean())
+    assert torch.equal(layer.opaque.to_dense(), torch.ones(4))
