@@ -21,8 +21,8 @@ State = MutableMapping[Any, dict[str, Any]]
 
 UPDATES, MOMENTUM_SCALE = "lqa.updates", "lqa.momentum_scale"
 
-WATCHED_STEPS = 100
-"""A copy of a parameter is kept until the caller has left it alone for so many steps."""
+WATCHED_STEPS = 100  # a copy is kept until the caller has left a parameter alone for so many
+_CHECKPOINTED = {"y_checksum": UNKNOWN, "x_checksum": UNKNOWN, "unchanged_steps": WATCHED_STEPS}
 
 
 class Update(Protocol):
@@ -123,34 +123,20 @@ class ScheduleFree(Update):
 
     def initialize(self, blocks: list[ParamBlock], state: State) -> None:
         """Starts z at y, and adds all keys, as distributed checkpoints load no new ones."""
-        checksums = {"y_checksum": UNKNOWN, "x_checksum": UNKNOWN}
-        checkpointed = checksums | {"unchanged_steps": WATCHED_STEPS}
         for block in blocks:
             for owner, param in zip(block.owners, block.params, strict=True):
                 if "z" not in state[owner]:
-                    state[owner] |= {"z": param.clone()} | checkpointed
+                    state[owner] |= {"z": param.clone()} | _CHECKPOINTED
                     self._watched.remove(owner)
                     self._y.add(owner)
 
     def observe(self, groups: Groups, state: State, look: bool) -> None:
         """Shifts z with the changed entries of watched parameters; sets it to other changed y."""
-        for detector in (self._watched, self._y):
-            for param in detector:
-                if "z" not in state.get(param, ()):
-                    detector.remove(param)
-        for param in self._watched:
-            # Every shape is checked before any z changes.
-            check_shape(_real(param), state[param]["z"])
-        changed = self._watched.changed()
-        for param in self._watched:
-            state[param] |= self._followed(param, state[param], changed, groups)
-            if state[param]["unchanged_steps"] == WATCHED_STEPS:
-                self._watched.remove(param)
-                self._y.add(param)
-        # In case this step is undone and taken again.
-        self._watched.record()
+        if self._watched:
+            self._observe_watched(groups, state)
         frozen = {param for param in self._y if not param.requires_grad}
         if look or self._look_next or self._y.version_changed or frozen != self._frozen:
+            _remove_stateless(self._y, state)
             changed = self._y.changed()
             for param in changed | (frozen - self._frozen):
                 y, z = _real(param), state[param]["z"]
@@ -163,6 +149,20 @@ class ScheduleFree(Update):
                     self._watched.add(param)
             self._watched.record()
             self._frozen, self._look_next = frozen, False
+
+    def _observe_watched(self, groups: Groups, state: State) -> None:
+        _remove_stateless(self._watched, state)
+        for param in self._watched:
+            # Every shape is checked before any z changes.
+            check_shape(_real(param), state[param]["z"])
+        changed = self._watched.changed()
+        for param in self._watched:
+            state[param] |= self._followed(param, state[param], changed, groups)
+            if state[param]["unchanged_steps"] == WATCHED_STEPS:
+                self._watched.remove(param)
+                self._y.add(param)
+        # In case this step is undone and taken again.
+        self._watched.record()
 
     def apply(
         self, line: Line, groups: Groups, state: State, step: float, determinism: float | None
@@ -291,6 +291,12 @@ class ScheduleFree(Update):
         bound = change.abs().mul_(beta / (1.0 - beta))
         shift = change.sub_(torch.clamp(own["z"] - copy, -bound, bound))
         return own | {"z": own["z"] + shift, "unchanged_steps": 0}
+
+
+def _remove_stateless(detector: ChangeDetector, state: State) -> None:
+    for param in detector:
+        if "z" not in state.get(param, ()):
+            detector.remove(param)
 
 
 def _real(tensor: Tensor) -> Tensor:

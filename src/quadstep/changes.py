@@ -38,6 +38,9 @@ class ChangeDetector:
     def __iter__(self) -> Iterator[Tensor]:
         return iter([*self._versions])
 
+    def __bool__(self) -> bool:
+        return bool(self._versions)
+
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor in self._versions
 
@@ -53,6 +56,8 @@ class ChangeDetector:
 
     def record(self) -> None:
         """Records all tensors as they are now."""
+        if not self._versions:
+            return
         for tensor in [*self._checksums]:
             if self._exact or (tensor.numel() <= _SMALL and not is_distributed(tensor)):
                 del self._checksums[tensor]

@@ -45,6 +45,7 @@ RATE = "lqa.rate"  # the rate of each param group, whatever others write into it
 VERSION, TRAINING = "lqa.version", "lqa.training"
 DIRECTION, CONTROLLER, UPDATE = "lqa.direction", "lqa.controller", "lqa.update"
 CONTROLLER_STATE = "lqa.controller."
+DETERMINISM = "lqa.determinism"  # of the losses, from 0 to 1: a copy of the controller's
 
 
 def check(state_dict: dict[str, Any], scalars: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ class Strategies(NamedTuple):
             checkpoint.CONTROLLER: type(self.controller).__name__,
             checkpoint.UPDATE: type(self.update).__name__,
             TRAINING: True,
+            checkpoint.DETERMINISM: 0.0,
             PROBES_WITH_GRADIENTS: False,
             **self.schedule.initial_scalars(),
             **self.update.initial_scalars(),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quadstep.checkpoint import CONTROLLER_STATE, flatten
+from quadstep.checkpoint import CONTROLLER_STATE, DETERMINISM, flatten
 from quadstep.closures import PROBES_WITH_GRADIENTS, Closure, ClosureEvaluator, Probes, reading
 from quadstep.controllers import Decision, Reason
 from quadstep.gradients import inspect
@@ -135,7 +135,7 @@ class StepSearch:
         """How free of noise the losses are, from 0 to 1; None where they are not finite."""
         if self.decision.reason is Reason.NON_FINITE:
             return None
-        return self.strategies.controller_state(self.scalars).determinism
+        return self.scalars[DETERMINISM]
 
     def run(self, rollback: ExitStack) -> None:
         """Searches; `rollback` undoes what the closure and a wrapped optimizer have changed."""
@@ -163,21 +163,22 @@ class StepSearch:
         is_kept = self.is_due or update.averages or self.is_preview
         line = self.line = direction.line(self.groups, self.state, self.rate, is_kept)
         rollback.callback(line.restore)
-        samples = self._measure(line) if self.is_due else None
-        if samples is None:
-            self.decision = Decision(self.rate, self.rate, Reason.HELD)
+        self.decision = Decision(self.rate, self.rate, Reason.HELD)
+        if not self.is_due:
             return
-        state, self.decision = controller.update(
-            self.strategies.controller_state(self.scalars), self.rate, samples
-        )
-        self.scalars.update(flatten(state, CONTROLLER_STATE))
+        state = self.strategies.controller_state(self.scalars)
+        samples = self._measure(line, state)
+        if samples is None:
+            return
+        state, self.decision = controller.update(state, self.rate, samples)
+        self.scalars |= flatten(state, CONTROLLER_STATE) | {DETERMINISM: state.determinism}
         if self.decision.reason is Reason.NON_FINITE and math.isfinite(samples.loss_center):
             self.before.restore()
 
-    def _measure(self, line: Line) -> LineSamples | None:
+    def _measure(self, line: Line, state: Any) -> LineSamples | None:
         """Measures the line; None where memory runs out repeatedly, to continue without."""
         schedule, scalars = self.strategies.schedule, self.scalars
-        state, diagnostics = self.strategies.controller_state(scalars), self.evaluator.diagnostics
+        diagnostics = self.evaluator.diagnostics
         try:
             samples, unequal = self._probe(line, state)
         except Exception as error:
