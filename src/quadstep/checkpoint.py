@@ -1,18 +1,12 @@
 """The optimizer's state as flat keys and scalars."""
 
-import copy
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, cast, get_type_hints
 
-from torch import Tensor
-from torch.optim import Optimizer
-
 from quadstep.arguments import rate
-from quadstep.gradients import clear_gradients, gradients_of, is_zero
-from quadstep.tensors import Groups, assign, copies, parameters
+from quadstep.gradients import gradients_of, is_zero
+from quadstep.tensors import Groups, parameters
 
 T = TypeVar("T")
 
@@ -97,32 +91,6 @@ def move_scalars(known: dict[str, Any], groups: Groups) -> dict[str, Any]:
         clear_scalars(known)
         first.update(scalars)
     return first
-
-
-@contextmanager
-def restored(groups: Groups, state: Any, base: Optimizer | None) -> Generator[None]:
-    """Restores groups, state, gradients and the attributes of a wrapped optimizer at the end."""
-    params = parameters(groups)
-    gradients = [param.grad for param in params]
-    saved_groups, saved_state = [copy.copy(group) for group in groups], dict(state)
-    saved_base = {} if base is None else dict(vars(base))
-    tensors = [value for group in groups for value in group.values() if isinstance(value, Tensor)]
-    values = copies(tensors)
-    state.update({param: copy.deepcopy(entry) for param, entry in saved_state.items()})
-    clear_gradients(params)
-    try:
-        yield
-    finally:
-        for group, saved in zip(groups, saved_groups, strict=True):
-            group.clear()
-            group.update(saved)
-        assign(tensors, values)
-        state.clear()
-        state.update(saved_state)
-        if base is not None:
-            vars(base).update(saved_base)
-        for param, gradient in zip(params, gradients, strict=True):
-            param.grad = gradient
 
 
 def to_python_numbers(value: Any) -> Any:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from quadstep.groups import Strategies, rate_in_force
 from quadstep.line import Line
 from quadstep.quadratic import LineSamples
 from quadstep.schedule import OUT_OF_MEMORY, WAIT
-from quadstep.tensors import Groups, parameters, rank_mean, real_views, world_size
+from quadstep.tensors import Groups, parameters, rank_mean, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -230,44 +229,3 @@ class StepSearch:
                 scalars[PROBES_WITH_GRADIENTS] = unequal is None
         self.probes = probes.count
         return samples, unequal
-
-
-class Preview:
-    """The line that a step would move along, see `LQA.preview`.
-
-    It is valid until the next backward pass that adds to the gradients.
-
-    Attributes:
-        rate: the rate of the step; zero where no step would be taken.
-
-    Example:
-        >>> line = opt.preview(closure)
-        >>> losses = line.losses([0.0, line.rate, 2.0 * line.rate])
-    """
-
-    def __init__(self, search: StepSearch) -> None:
-        self.rate = search.decision.step
-        self._search = search
-
-    @torch.no_grad()
-    def losses(self, rates: Iterable[float]) -> list[float]:
-        """Evaluates the loss at several rates, free of side effects, and moves nothing.
-
-        Args:
-            rates: points of the line; zero is where the parameters are now.
-
-        Returns:
-            The losses, in the order of the rates.
-        """
-        search = self._search
-        now = search.evaluator.tracker.capture(search.params)
-        blocks = [] if search.line is None else search.line.blocks
-        # Views of complex parameters are of the storage that they had.
-        line = Line([replace(block, params=real_views(block.owners)) for block in blocks])
-        try:
-            with search.evaluator.probing(
-                search.closure, search.params, search.scalars, search.before, two_phases=True
-            ) as probes:
-                return [*map(float, line.losses(probes.evaluate, rates))]
-        finally:
-            now.restore()

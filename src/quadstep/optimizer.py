@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quadstep import arguments
 from quadstep.averaging import PlainUpdate, ScheduleFree
-from quadstep.checkpoint import TRAINING, clear_scalars, is_state_request, restored
+from quadstep.checkpoint import TRAINING, clear_scalars, is_state_request
 from quadstep.closures import Closure, ClosureEvaluator
 from quadstep.controllers import (
     Damping,
@@ -28,7 +28,8 @@ from quadstep.controllers import (
 from quadstep.directions import Gradient, OptimizerStep, RMSNormalized
 from quadstep.gradients import gradients_of, mark_used
 from quadstep.groups import GroupOptimizer, Strategies
-from quadstep.measurement import Preview, StepSearch
+from quadstep.measurement import StepSearch
+from quadstep.preview import Preview, restored
 from quadstep.schedule import COUNTS, Schedule
 
 if TYPE_CHECKING:
