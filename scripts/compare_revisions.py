@@ -112,7 +112,7 @@ def train() -> dict[str, list[str]]:
 
 
 def run(source: Path) -> dict[str, list[str]]:
-    """Trains with the library in a folder, in a process of its own."""
+    """Trains with the library in a folder, in a separate process."""
     done = subprocess.run(
         [sys.executable, __file__, "--train", source],
         env=os.environ | {"PYTHONPATH": str(source)},

@@ -133,7 +133,7 @@ def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None
         ('"train_loss"', '"loss"', "KeyError: 'train_loss'"),
         ('{"task"', '"task"', "JSONDecodeError"),
         ('"finished"', '"fine"', "unknown status 'fine'"),
-        ('"environment":"', '"environment":"0', "KeyError: '0"),
+        ('"environment":"', '"environment":"0', "is not in environments.json; restore that"),
         ('"mlp-digits"', '"mlp-mnist"', "a record that belongs elsewhere"),
     ],
 )

@@ -77,14 +77,18 @@ def test_provenance_tells_present_sources_from_others() -> None:
     assert report.provenance([]) == ""
 
 
-def test_a_change_of_sources_alone_leaves_reports_up_to_date(tmp_path: Path) -> None:
+def test_a_change_of_the_present_sources_alone_leaves_reports_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = results_in(tmp_path)
     run = record("mlp-mnist", "lqa", [1.0, 0.5])
     results.collection("records").add(run)
     report.write(results, results.root)
-    other = replace(run, environment=ENVIRONMENT | {"sources": SOURCES})
-    results.collection("records").add(other)
+    monkeypatch.setattr(report, "SOURCES", "f" * 12)
     assert report.check(results) == []
+    other = replace(run, environment=ENVIRONMENT | {"sources": "e" * 12})
+    results.collection("records").add(other)
+    assert [path.name for path in report.check(results)] == ["CLAIMS.md"]
     results.collection("records").add(record("mlp-mnist", "lqa", [1.0, 0.4]))
     names = {path.name for path in report.check(results)}
     assert {"figure-2.png", "figure-2.svg"} <= names

@@ -247,7 +247,7 @@ def test_a_run_with_a_schedule_serves_and_goes_on_for_its_own_length_alone(tmp_p
     assert rows(record) == rows(run(shorter, collection_in(tmp_path / "fresh")))
     with pytest.raises(Stop):
         run(replace(config, epochs=6), collection_in(tmp_path), on_epoch=partial(stop, 1))
-    with pytest.warns(UserWarning, match=r"cosine-0\.01-seed0\.ckpt is of no use, .* starts anew"):
+    with pytest.warns(UserWarning, match=r"cosine-0\.01-seed0\.ckpt is damaged, .* starts anew"):
         again = run(longer, collection_in(tmp_path))
     assert rows(again) == rows(run(longer, collection_in(tmp_path / "fresh")))
     assert len(collection_in(tmp_path).read_all()) == 3
@@ -270,7 +270,7 @@ def test_a_useless_checkpoint_is_told_and_the_run_starts_anew(tmp_path: Path, da
         checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
     else:
         config = replace(CONFIG, batch_size=32)
-    with pytest.warns(UserWarning, match=r"sgd-m-0\.1-seed0\.ckpt is of no use, .* starts anew"):
+    with pytest.warns(UserWarning, match=r"sgd-m-0\.1-seed0\.ckpt is damaged, .* starts anew"):
         record = run(config, collection_in(tmp_path))
     assert rows(record) == rows(run(config, collection_in(tmp_path / "fresh")))
 
@@ -406,7 +406,7 @@ def wait_for_epochs(out: Path, epochs: int) -> None:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Heeds interrupts, which jobs in the background of a script are started without."""
+    """Can be interrupted, which jobs in the background of a script are started without."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

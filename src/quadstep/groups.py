@@ -88,11 +88,19 @@ class GroupOptimizer(Optimizer):
 
     @property
     def rate(self) -> float:
-        """The rate in force: that of the first group that has one other than zero."""
+        """The rate in force: that of the first group that has one other than zero.
+
+        Example:
+            >>> print(opt.rate)
+        """
         return rate_in_force(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as torch's optimizers do; its scalars are keys of the first group."""
+        """Returns the state as torch's optimizers do; its scalars are keys of the first group.
+
+        Example:
+            >>> torch.save(opt.state_dict(), "optimizer.pt")
+        """
         self._adopt()
         self._reset_rates()
         state_dict = super().state_dict()
@@ -106,6 +114,9 @@ class GroupOptimizer(Optimizer):
 
         Raises:
             ValueError: the state was saved by another optimizer, version or configuration.
+
+        Example:
+            >>> opt.load_state_dict(torch.load("optimizer.pt"))
         """
         self._adopt()
         checkpoint.check(state_dict, self._scalars)
@@ -117,7 +128,11 @@ class GroupOptimizer(Optimizer):
         self._last = _NO_STEP
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; without an `lr` it gets the rate in force."""
+        """Adds a group; without an `lr` it gets the rate in force.
+
+        Example:
+            >>> opt.add_param_group({"params": head.parameters(), "weight_decay": 0.1})
+        """
         direction, has_started = self.strategies.direction, steps_taken(self._scalars) > 0
         if direction.base is None:
             arguments.check_group(param_group, self.defaults, direction.has_weight_decay)

@@ -177,7 +177,11 @@ class LQA(GroupOptimizer):
 
     @property
     def report(self) -> Report:
-        """The record of the last step; reading it waits for the device."""
+        """The record of the last step; reading it waits for the device.
+
+        Example:
+            >>> print(opt.report.loss, opt.report.rate, opt.report.reason)
+        """
         loss, reason, forwards, backwards = self._last
         quadratic = self.strategies.controller_state(self._scalars).quadratic
         return Report(

@@ -44,6 +44,12 @@ class Preview:
 
         Returns:
             The losses, in the order of the rates.
+
+        Raises:
+            Exception: whatever the closure raises.
+
+        Example:
+            >>> losses = opt.preview(closure).losses([0.0, 0.01, 0.1])
         """
         search = self._search
         now = search.evaluator.tracker.capture(search.params)

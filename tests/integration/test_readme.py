@@ -23,7 +23,7 @@ SETTINGS = {
 }
 COST_RECORDS = {
     "processor": "cost.json",
-    "the same, another hour": "cost-small.json",
+    "the same, second measurement": "cost-small.json",
     "processor with AVX2 only, earlier": "cost-avx2.json",
     "H100, earlier": "cost-cuda.json",
 }
@@ -51,6 +51,8 @@ ADVICE = (
 
 NO_RESULTS = (
     "below 1 is better",
+    "below 1e-4 counts as 1e-4, and a ratio as 100",
+    "below 1e-4 count as equal",
     "Python 3.11",
     "Zhu et al., 2020",
     "Algorithm 1",

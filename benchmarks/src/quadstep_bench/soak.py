@@ -1,4 +1,4 @@
-"""A long run under faults: what goes wrong now and then must leave no trace, at any time."""
+"""A long run under faults: what goes wrong now and then must have no side effects, at any time."""
 
 # Neither torch nor its loader is typed throughout.
 # pyright: reportUnknownMemberType=false

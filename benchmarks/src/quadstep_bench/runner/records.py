@@ -187,6 +187,9 @@ class Record:
         """
         if row["status"] not in get_args(Outcome):
             raise ValueError(f"unknown status {row['status']!r}")
+        names = [row["environment"], *(name for _, name in row["resumed"])]
+        if unknown := [name for name in names if name not in environments]:
+            raise ValueError(f"environment {unknown[0]} is not in environments.json; restore that")
         length = len(row["train_loss"])
         columns = [*row["rate"].values(), *row["reasons"].values()]
         if {len(row[name]) for name in COLUMNS} != {length} or any(

@@ -311,6 +311,7 @@ def _resume(checkpoint: Path, config: Config, device: str) -> Trial | None:
     try:
         trial.load(checkpoint)
     except Exception as error:  # Whatever a damaged file raises, the run can start anew.
-        warnings.warn(f"{checkpoint} is of no use, {config} starts anew: {error}", stacklevel=3)
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{checkpoint} is damaged, {config} starts anew: {reason}", stacklevel=3)
         return None
     return trial
