@@ -138,10 +138,11 @@ class ScheduleFree(Update):
         if look or self._look_next or self._y.version_changed or frozen != self._frozen:
             _remove_stateless(self._y, state)
             changed = self._y.changed()
-            for param in changed | (frozen - self._frozen):
-                y, z = _real(param), state[param]["z"]
-                check_shape(y, z)
-                z.copy_(y)
+            for param in self._y:
+                if param in changed or param in frozen - self._frozen:
+                    y, z = _real(param), state[param]["z"]
+                    check_shape(y, z)
+                    z.copy_(y)
             for param in self._y:
                 if param in changed:
                     state[param]["unchanged_steps"] = 0

@@ -85,7 +85,7 @@ def inspect(
     dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in shards]
     parts = [grad for grad in tensors.real_views(dense) if grad.numel()]
     if loss.is_cpu:
-        # Of the perceptron's gradients norms take 57 us here, and the largest entries 2,170 us.
+        # For the gradients of a perceptron these norms take 57 us, their largest entries 2,170 us.
         values = [float(loss), *_norms_or_extremes(parts)]
     else:
         # The largest size carries every inf and nan.

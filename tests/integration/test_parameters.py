@@ -148,3 +148,27 @@ class TestFrozenParameters:
             opt.eval()
             ends.append(values(task.model))
         assert identical(*ends)
+
+    @pytest.mark.parametrize("changes", [False, True])
+    @pytest.mark.parametrize("unfreezes", [False, True])
+    def test_whose_state_was_forgotten(self, configuration, changes, unfreezes):
+        task = classification()
+        opt = configuration(task.model.parameters())
+        weight = task.model[0].weight
+        for step in range(12):
+            opt.step(task.closure(step))
+        if changes:
+            # It is watched from the next step on.
+            with torch.no_grad():
+                weight[0] = 0.0
+            opt.step(task.closure())
+        opt.state.pop(weight, None)
+        weight.requires_grad_(False)
+        kept = weight.clone()
+        for step in range(12):
+            opt.step(task.closure(step))
+        assert torch.equal(weight, kept)
+        weight.requires_grad_(unfreezes)
+        for step in range(12):
+            opt.step(task.closure(step))
+        assert torch.equal(weight, kept) != unfreezes
