@@ -52,8 +52,8 @@ class Strategies(NamedTuple):
 
 
 def rate_in_force(groups: Groups) -> float:
-    """The rate of the first group that has one other than zero."""
-    rates = (group.get(RATE, 0.0) for group in groups)
+    """The rate of the first group that has one other than zero; of a new group that is its lr."""
+    rates = (group[RATE] if RATE in group else arguments.rate(group["lr"]) for group in groups)
     return next((rate for rate in rates if rate != 0.0), 0.0)
 
 

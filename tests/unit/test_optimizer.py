@@ -356,6 +356,18 @@ class TestGroupsOfAnotherLQA:
         assert sum(opt.report.counts.values()) == 30
 
 
+def test_the_rate_of_groups_that_a_wrapped_optimizer_has_loaded_is_their_lr():
+    task = classification()
+    base = torch.optim.SGD(task.model.parameters(), lr=0.1)
+    fresh = copy.deepcopy(base.state_dict())
+    opt = LQA(base, averaging="schedule-free")
+    train(task, opt, range(5))
+    base.load_state_dict(fresh)
+    opt.eval()
+    opt.train()
+    assert opt.rate == 0.1
+
+
 class TestGroupsThatChangePlaces:
     """The scalars of the state are in whichever group is the first."""
 
