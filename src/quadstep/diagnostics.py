@@ -5,6 +5,7 @@ import sysconfig
 import warnings
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -70,3 +71,15 @@ def is_of_a_library(closure: Any) -> bool:
         function = type(closure).__call__
     file = getattr(getattr(function, "__code__", None), "co_filename", "")
     return file.startswith(tuple(sysconfig.get_path(kind) for kind in ("purelib", "platlib")))
+
+
+def makes_schedulers() -> bool:
+    """Whether the training loop is the Trainer of Transformers, which always has a scheduler."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _package(frame) in ("quadstep", "torch", "accelerate"):
+        frame = frame.f_back
+    return _package(frame) == "transformers"
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -13,6 +13,7 @@ from quadstep.averaging import Update
 from quadstep.checkpoint import CONTROLLER_STATE, RATE, TRAINING
 from quadstep.closures import PROBES_WITH_GRADIENTS, ClosureEvaluator
 from quadstep.controllers import Reason, StepController
+from quadstep.diagnostics import makes_schedulers
 from quadstep.directions import Direction
 from quadstep.gradients import gradients_of, mark_used
 from quadstep.schedule import Schedule, steps_taken
@@ -170,7 +171,7 @@ class GroupOptimizer(Optimizer):
             written = arguments.rate(group["lr"])
             rate = group.setdefault(RATE, written)
             if written != rate:
-                if warns:
+                if warns and not makes_schedulers():
                     self._evaluator.diagnostics.warn("lr", written=group["lr"], rate=rate)
                 _set_lr(group, rate)
 

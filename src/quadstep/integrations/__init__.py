@@ -1,0 +1,1 @@
+"""Callbacks for frameworks, one module each; none is imported with the library."""
