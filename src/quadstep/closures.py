@@ -174,8 +174,9 @@ class ClosureEvaluator:
                 yield Probes(self, closure, params, scalars, before, runs_backward)
         finally:
             if not (is_origin or self._is_preview):
-                # The next forward pass of the caller tells the random state that it begins with.
+                # What the caller's own forward passes call can be repeated next time.
                 self.recorder.watch(self.tracker.roots)
+                self.recorder.is_active = True
             for param, gradient in held:
                 param.grad = gradient
             if after is not before:

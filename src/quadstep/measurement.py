@@ -151,8 +151,10 @@ class StepSearch:
         rollback.callback(self.before.restore)
         center = self.evaluator.gradient_pass(self.closure, self.loss, self.params, self.before)
         # Closures may return one tensor each time, as replayed graphs do.
+        if self._uses_record(center):
+            self.closure, self.loss = self.evaluator.recorder.replay, None
+            center = self.evaluator.recorder.loss()
         self.center = center.clone() if self.is_due else center
-        self._choose_closure()
         self.decision = Decision(self.rate, 0.0, Reason.HELD)
         # Elsewhere the check waits for the device, which a step without a measurement does not.
         is_finite, is_sloping = True, True
@@ -191,14 +193,17 @@ class StepSearch:
         """Whether probes repeat what was recorded, and not a closure."""
         return self.closure == self.evaluator.recorder.replay
 
-    def _choose_closure(self) -> None:
-        """Has probes repeat what was recorded, if there is no closure or it runs backward."""
-        evaluator, own = self.evaluator, self.loss is None
-        self.forwards = self.backwards = int(self.closure is not None and own)
-        if self.closure is None or (
-            own and evaluator.runs_backward and evaluator.recorder.has_loss
-        ):
-            self.closure = evaluator.recorder.replay
+    def _uses_record(self, center: Tensor) -> bool:
+        """Whether probes repeat what was recorded, where the closure would do less or more."""
+        recorder, runs_backward = self.evaluator.recorder, self.evaluator.runs_backward
+        self.forwards = self.backwards = int(self.closure is not None and self.loss is None)
+        if self.closure is None or self.loss is None:
+            return self.closure is None or (runs_backward and recorder.has_loss)
+        if self.is_due:
+            completes = [float(recorder.completes(center))]
+            (fraction,) = rank_mean(completes, center, self.strategies.process_group)
+            recorder.is_trusted = fraction == 1.0
+        return recorder.is_trusted and recorder.has_loss
 
     def _check_record(self, process_group: ProcessGroup | None) -> None:
         """Skips the measurement on all processes where one of them cannot repeat its calls."""

@@ -360,7 +360,7 @@ class LQA(GroupOptimizer):
 
     def _search(self, closure: Any, loss: Any, is_preview: bool) -> StepSearch:
         """Checks the arguments of a step, and resets the rates."""
-        has_record = self._evaluator.recorder.is_active and not is_preview
+        has_record = self._evaluator.recorder.is_given and not is_preview
         arguments.check_call(closure, loss, self._scalars[TRAINING], has_record)
         self._reset_rates(warns=not is_preview)
         # What a preview learns of its closure is not known of later ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -91,7 +92,9 @@ class Recorder:
         criterion: nn.Module | None = None,
     ) -> None:
         self.modules, self.criterion = tuple(modules), criterion
-        self.is_active = bool(self.modules)  # whether steps may use what is recorded
+        self.is_given = bool(self.modules)  # whether steps need no closure
+        self.is_active = self.is_given  # whether calls are recorded, and not only where they start
+        self.is_trusted = False  # in place of the closure, where gradients are accumulated
         self.measures = True  # whether the next step does
         self.marks = True  # whether the random state is kept at the end of a step and `zero_grad`
         self.count = 0  # of the calls since it was set to zero, with gradients enabled or not
@@ -132,7 +135,7 @@ class Recorder:
 
     def recorded(self, function: Function) -> Function:
         """Wraps a function that returns the loss, such that its calls are recorded."""
-        self.is_active = True
+        self.is_given = self.is_active = True
         owner = getattr(function, "__self__", None)
         if isinstance(owner, nn.Module):
             self._own(owner)
@@ -182,6 +185,23 @@ class Recorder:
     def is_complete(self) -> bool:
         """Whether the arguments of all calls were recorded."""
         return all(call.generators is not None for call in self._needed())
+
+    def completes(self, loss: Tensor) -> bool:
+        """Whether a loss that the caller gave is the last of several, all of which can be repeated.
+
+        The gradients of the others were accumulated before.
+        """
+        calls = self._losses()
+        if len(calls) < 2 or not self.is_complete or self.arguments_changed:
+            return False
+        if any(call.depends for call in self._needed()):
+            return False
+        given, last, total = (
+            float(value) for value in (loss, _single(calls[-1].loss), self.loss())
+        )
+        return math.isclose(given, last, rel_tol=1e-5) and not math.isclose(
+            given, total, rel_tol=1e-5
+        )
 
     @property
     def arguments_changed(self) -> bool:
