@@ -5,14 +5,16 @@ import inspect
 import math
 import warnings
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quadstep.snapshot import ModuleTracker
+from quadstep.tensors import Groups, parameters
 
 
 def check_params(
@@ -23,11 +25,6 @@ def check_params(
     `own` holds the arguments that a wrapped optimizer replaces, and `searching` the classes of
     optimizers that search their own line.
     """
-    if isinstance(params, nn.Module):
-        raise TypeError(
-            f"params must be parameters, param groups or an optimizer, got a module, "
-            f"{type(params).__name__}; use LQA(model.parameters())"
-        )
     if not isinstance(params, Optimizer):
         return None
     name = type(params).__name__
@@ -86,6 +83,51 @@ def check_params(
             "from the gradients alone, such as torch.optim.AdamW(params)"
         )
     return params
+
+
+def check_modules(model: Any, criterion: Any) -> list[nn.Module]:
+    """Refuses what cannot be recorded; returns the modules."""
+    modules = [model] if isinstance(model, nn.Module) else _listed(model)
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"model must be a module or a list of modules, got {type(module).__name__}; "
+                "use model=model, and for a function loss_fn = opt.recorded(loss_fn)"
+            )
+    if criterion is None:
+        return modules
+    if not isinstance(criterion, nn.Module):
+        raise TypeError(
+            f"criterion must be the loss module that the loop calls, got {type(criterion).__name__}"
+            "; make one, criterion = nn.CrossEntropyLoss(), or wrap a function: "
+            "loss_fn = opt.recorded(loss_fn)"
+        )
+    if not modules:
+        raise ValueError("criterion needs the model whose output it takes; add model=model")
+    return modules
+
+
+def _listed(model: Any) -> list[Any]:
+    if model is None:
+        return []
+    return list(cast(Iterable[Any], model)) if isinstance(model, Iterable) else [model]
+
+
+def check_ownership(groups: Groups, modules: list[nn.Module], criterion: nn.Module | None) -> None:
+    """Refuses parameters that no module has: its calls would not tell how they change the loss."""
+    parts = modules if criterion is None else [*modules, criterion]
+    owned = {param for part in parts for param in part.parameters()}
+    strange = [tuple(param.shape) for param in parameters(groups) if param not in owned]
+    if strange:
+        raise ValueError(
+            f"{len(strange)} of the parameters in params, of shapes {_listing(strange)}, do not "
+            "belong to model; pass all modules that the loss is computed by, model=[one, other], "
+            "and construct LQA after the model was wrapped, moved or given adapters"
+        )
+
+
+def _listing(items: list[Any]) -> str:
+    return ", ".join(map(str, items[:3])) + (", ..." if len(items) > 3 else "")
 
 
 def check_no_optimizer(params: Any) -> None:
@@ -195,13 +237,16 @@ def check_shape(param: Tensor, kept: Tensor) -> None:
         )
 
 
-def check_call(closure: Any, loss: Any, training: bool) -> None:
-    """Refuses a step without a closure, with a loss that is none, or in evaluation mode."""
-    if not callable(closure):
+def check_call(closure: Any, loss: Any, training: bool, has_record: bool) -> None:
+    """Refuses a step without a closure, with a loss that is none, or in evaluation mode.
+
+    With a record of calls no closure is needed.
+    """
+    if not callable(closure) and (closure is not None or loss is not None or not has_record):
         raise TypeError(
             f"step() needs a closure that returns the loss, got {type(closure).__name__}; "
-            "call it as opt.step(lambda: loss_fn(model(x), y)), which runs backward itself, or "
-            "after loss.backward() as opt.step(closure, loss=loss)"
+            "call it as opt.step(lambda: loss_fn(model(x), y)), which runs backward itself; or "
+            "construct LQA(params, model=model), and step() after loss.backward() needs none"
         )
     if loss is not None:
         check_loss(loss, "loss")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quadstep import gradients
 from quadstep.arguments import check_loss
 from quadstep.diagnostics import Diagnostics, is_of_a_library
+from quadstep.recorder import Recorder
 from quadstep.snapshot import ModuleTracker, Snapshot
 from quadstep.tensors import full_tensor
 
@@ -36,25 +37,35 @@ def reading(loss: Tensor) -> Tensor | float:
 
 
 class ClosureEvaluator:
-    """Evaluates closures."""
+    """Evaluates closures, or what was recorded in their place."""
 
-    def __init__(self, is_preview: bool = False) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module] = (),
+        criterion: nn.Module | None = None,
+        *,
+        is_preview: bool = False,
+    ) -> None:
         self._is_preview = is_preview
         self.tracker = ModuleTracker()
+        self.recorder = Recorder(self.tracker, modules, criterion)
         self.diagnostics = Diagnostics()
         self.runs_backward = False  # whether a closure was seen to run backward itself
         self._dropped_checks = 0
 
     def gradient_pass(
-        self, closure: Closure, loss: Tensor | None, params: list[Tensor], before: Snapshot
+        self, closure: Closure | None, loss: Tensor | None, params: list[Tensor], before: Snapshot
     ) -> Tensor:
-        """Evaluates the loss and its gradients, unless the caller has given that loss.
+        """Evaluates the loss and its gradients, unless the caller has done so.
 
         Raises:
             TypeError, ValueError: the closure returned something other than a scalar loss.
-            RuntimeError: the loss has no graph, or no parameter has a gradient.
+            RuntimeError: the loss has no graph, or no parameter has a gradient; without a closure,
+                also that no loss was recorded.
         """
-        if loss is None:
+        if closure is None:
+            loss = self.recorder.loss()
+        elif loss is None:
             loss = self._evaluate(closure, params, before)
         if not gradients.gradients_of(params):
             raise RuntimeError(
@@ -116,7 +127,7 @@ class ClosureEvaluator:
 
     def _note_backward(self, closure: Closure) -> None:
         self.runs_backward = True
-        if not is_of_a_library(closure):
+        if not is_of_a_library(closure) and not self.recorder.has_loss:
             # The closures of frameworks run backward on purpose.
             self.diagnostics.warn("backward")
 
@@ -142,24 +153,30 @@ class ClosureEvaluator:
         scalars: dict[str, Any],
         before: Snapshot,
         *,
-        two_phases: bool,
+        is_origin: bool,
     ) -> Generator[Probes]:
         """Provides probes; afterwards generators, buffers and gradients are as they were.
 
-        Probes start from the snapshot of before the gradient pass, or, if that was the caller's,
-        of before the step.
+        Probes start from a snapshot, if it `is_origin` that of before the gradient pass.
         """
         after = before
-        if not two_phases:
+        if is_origin:
             # Probes draw from the generators that the gradient pass drew from.
             before, after = self.tracker.capture(params).pair_advanced(before)
         known = len(before.buffers)
         # Removed, so that a closure can neither clear them nor add to them.
         held = [(param, param.grad) for param in params]
         gradients.clear_gradients(params)
+        is_replay = closure == self.recorder.replay
+        runs_backward = self.runs_backward and not is_replay
         try:
-            yield Probes(self, closure, params, scalars, before)
+            with self.recorder.paused():
+                yield Probes(self, closure, params, scalars, before, runs_backward)
         finally:
+            if not (is_origin or self._is_preview):
+                # What the caller's own forward passes call can be repeated next time.
+                self.recorder.watch(self.tracker.roots)
+                self.recorder.is_active = True
             for param, gradient in held:
                 param.grad = gradient
             if after is not before:
@@ -176,6 +193,7 @@ class Probes:
     params: list[Tensor]
     scalars: dict[str, Any]
     before: Snapshot
+    runs_backward: bool  # whether the closure does
     with_gradients: bool = False  # enabled for a second try
     dtype: torch.dtype | None = None  # of the first loss
     count: int = 0  # number of losses
@@ -183,7 +201,7 @@ class Probes:
     @property
     def have_gradients(self) -> bool:
         """Whether gradients are enabled."""
-        needed = self.evaluator.runs_backward or self.scalars[PROBES_WITH_GRADIENTS]
+        needed = self.runs_backward or self.scalars[PROBES_WITH_GRADIENTS]
         return needed or self.with_gradients
 
     def evaluate(self) -> Tensor | float:
@@ -209,6 +227,8 @@ class Probes:
     def run(self, with_gradients: bool) -> Tensor | float:
         """Evaluates the loss once."""
         self.before.restore()
+        recorder = self.evaluator.recorder
+        recorder.count = 0
         torch.clear_autocast_cache()
         with (
             torch.set_grad_enabled(with_gradients),
@@ -216,6 +236,7 @@ class Probes:
         ):
             loss = self.closure()
         check_loss(loss, "closure")
+        recorder.calls_per_closure = recorder.count
         self.dtype, self.count = self.dtype or loss.dtype, self.count + 1
         return reading(loss)
 

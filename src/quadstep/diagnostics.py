@@ -30,6 +30,14 @@ _MESSAGES = {
     "unequal": "loss is {expected:.6g}, but at the same parameters the closure returned "
     "{repeated:.6g}; give as loss what the closure returns: the same batch, unscaled, "
     "drawn before step() and not in the closure",
+    "unrecorded": "the model returned a loss of {expected:.6g}, and {repeated:.6g} when it was "
+    "called again with the same arguments, parameters and random state, so the measured rates are "
+    "noise; change the arguments, and whatever else it depends on, after step()",
+    "changed": "a tensor that the model was called with has been changed before step(), so the "
+    "loss cannot be measured, and the rate stays; change it after step(), or pass the model a copy",
+    "moved": "parameters have changed since the model's forward pass, as by another optimizer that "
+    "steps in between, so the loss is evaluated anew at each measurement; put all parameters into "
+    "one LQA, or run forward and backward passes for each optimizer",
     "unrepeatable": "the closure returned {expected:.6g} and then {repeated:.6g} at the same "
     "parameters and under the same random state, so the measured rates are noise; draw "
     "batches, and numbers from generators of your own, before step() and not in the closure",

@@ -52,6 +52,11 @@ def is_modified(gradient: Tensor) -> bool:
     return not hasattr(gradient, _USED) and gradient._version > 0
 
 
+def is_untouched(gradient: Tensor) -> bool:
+    """Whether a gradient is as a single backward pass has left it, as far as its version tells."""
+    return not hasattr(gradient, _USED) and gradient._version == 0
+
+
 def is_zero(gradient: Tensor) -> bool:
     """Whether all entries are zero."""
     values: Any = gradient.coalesce().values() if gradient.is_sparse else gradient

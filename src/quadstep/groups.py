@@ -16,8 +16,8 @@ from quadstep.controllers import Reason, StepController
 from quadstep.diagnostics import makes_schedulers
 from quadstep.directions import Direction
 from quadstep.gradients import gradients_of, mark_used
-from quadstep.schedule import Schedule, steps_taken
-from quadstep.tensors import Groups
+from quadstep.schedule import WAIT, Schedule, steps_taken
+from quadstep.tensors import Groups, parameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,12 +71,19 @@ class GroupOptimizer(Optimizer):
         params: parameters, param groups, or the optimizer that the strategies wrap.
         strategies: what the optimizer is made of.
         defaults: of the param groups, for parameters.
+        evaluator: evaluates the loss.
     """
 
-    def __init__(self, params: Any, strategies: Strategies, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: Any,
+        strategies: Strategies,
+        defaults: dict[str, Any],
+        evaluator: ClosureEvaluator,
+    ) -> None:
         base = strategies.direction.base
         self.strategies = strategies
-        self._evaluator = ClosureEvaluator()
+        self._evaluator = evaluator
         self._scalars: dict[str, Any] = {}
         self._last: tuple[Tensor | None, Reason, int, int] = _NO_STEP
         groups: Any = params if base is None else base.param_groups
@@ -86,6 +93,7 @@ class GroupOptimizer(Optimizer):
             checkpoint.clear_scalars(group)
         self._scalars = strategies.initial_scalars()
         self._adopt()
+        self._restart()
 
     @property
     def rate(self) -> float:
@@ -127,6 +135,7 @@ class GroupOptimizer(Optimizer):
         self._adopt()
         self.strategies.update.load(self.param_groups, self.state)
         self._last = _NO_STEP
+        self._restart()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; without an `lr` it gets the rate in force.
@@ -148,6 +157,13 @@ class GroupOptimizer(Optimizer):
         mark_used(gradients_of(param_group["params"]))
         # Its modules may be ones that no closure has run yet.
         self._evaluator.tracker.look_again()
+        if self._scalars:
+            self._restart()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, as torch's optimizers do."""
+        super().zero_grad(set_to_none)
+        self._evaluator.recorder.note_zero_grad()
 
     def __getstate__(self) -> dict[str, Any]:
         parts = ("strategies", "_evaluator", "_scalars", "_last")
@@ -164,6 +180,11 @@ class GroupOptimizer(Optimizer):
             self.param_groups, self.state = base.param_groups, base.state
         if self.param_groups:
             self._scalars = checkpoint.move_scalars(self._scalars, self.param_groups)
+
+    def _restart(self) -> None:
+        """Records the calls of the next step."""
+        params = parameters(self.param_groups)
+        self._evaluator.recorder.restart(params, measures=self._scalars[WAIT] == 0)
 
     def _reset_rates(self, warns: bool = True) -> None:
         """Resets the rates that others have written since the last step, and warns once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from quadstep.checkpoint import CONTROLLER_STATE, DETERMINISM, flatten
 from quadstep.closures import PROBES_WITH_GRADIENTS, Closure, ClosureEvaluator, Probes, reading
 from quadstep.controllers import Decision, Reason
-from quadstep.gradients import inspect
+from quadstep.gradients import gradients_of, inspect, is_untouched
 from quadstep.groups import Strategies, rate_in_force
 from quadstep.line import Line
 from quadstep.quadratic import LineSamples
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 MEAN_ERROR = 1 / 64  # part of a value's rounding error that is left in the mean of many, the loss
+
+START_FAILURES = 3  # measurements in a row in which no start was found, and none is looked for
 
 _NO_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|_ALLOC_FAILED")
 
@@ -37,13 +39,13 @@ class ProbePlan:
     slope: Tensor | float | None  # of the gradient along the line, where it is needed and known
     behind: bool  # whether the loss behind the parameters is evaluated, or the slope replaces it
     is_audit: bool  # whether the loss is compared with itself at the same parameters
-    two_phases: bool  # whether the gradient pass was the caller's
+    repeats_center: bool  # whether the loss of the gradient pass is not that of the probes
     gradient_unmodified: bool  # whether nobody but autograd has had access to the gradient
 
     @property
     def rates(self) -> dict[str, float]:
         """The rates to evaluate, by name, in their order."""
-        again = {"again": 0.0} if self.is_audit or self.two_phases else {}
+        again = {"again": 0.0} if self.is_audit or self.repeats_center else {}
         behind = {"behind": -self.distance} if self.behind else {}
         return {"ahead": self.distance} | again | behind
 
@@ -68,7 +70,7 @@ def measure(
     sent = {"center": center, **dict(zip(plan.rates, losses, strict=True))}
     if plan.slope is not None:
         sent["slope"] = plan.slope
-    if plan.is_audit and plan.two_phases:
+    if plan.is_audit and plan.repeats_center:
         sent["compared"] = center
         if any(rank_mean([probes.has_drawn()], loss, process_group)):
             # In the caller's forward pass it drew other numbers than in the probes.
@@ -80,16 +82,21 @@ def measure(
     samples = LineSamples(
         distance=plan.distance,
         loss_ahead=seen["ahead"],
-        loss_center=repeated if plan.two_phases else given,
+        loss_center=repeated if plan.repeats_center else given,
         loss_behind=seen.get("behind"),
         resolution=_resolution(probes),
         recent_losses=tuple(value for value in values[len(sent) :] if not math.isnan(value)),
         slope=seen.get("slope", math.nan),
         gradient_unmodified=plan.gradient_unmodified,
     )
-    tolerance = min(100.0 * samples.resolution, 0.05) * max(abs(expected), abs(repeated))
-    is_unequal = plan.is_audit and abs(expected - repeated) > tolerance
+    is_unequal = plan.is_audit and _differ(expected, repeated, samples.resolution)
     return samples, (expected, repeated) if is_unequal else None
+
+
+def _differ(expected: float, repeated: float, resolution: float) -> bool:
+    """Whether two losses at the same parameters differ by more than rounding makes them."""
+    tolerance = min(100.0 * resolution, 0.05) * max(abs(expected), abs(repeated))
+    return abs(expected - repeated) > tolerance
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -115,13 +122,15 @@ class StepSearch:
     evaluator: ClosureEvaluator
     groups: Groups
     state: Any
-    closure: Closure
+    closure: Closure | None  # None where the caller's calls were recorded
     loss: Tensor | None  # given by the caller, who has run backward
     is_preview: bool
     center: Tensor = field(init=False)  # the loss before the step
     line: Line | None = None  # at rate zero; None where nothing is to move
     decision: Decision = field(init=False)
-    probes: int = 0  # evaluations of the closure after the gradient pass
+    forwards: int = 0  # evaluations of the closure in `step`
+    backwards: int = 0  # backward passes in `step`
+    is_moved: bool = False  # whether parameters have changed since a recorded forward pass
 
     def __post_init__(self) -> None:
         self.scalars, self.params = self.groups[0], parameters(self.groups)
@@ -142,6 +151,9 @@ class StepSearch:
         rollback.callback(self.before.restore)
         center = self.evaluator.gradient_pass(self.closure, self.loss, self.params, self.before)
         # Closures may return one tensor each time, as replayed graphs do.
+        if self._uses_record(center):
+            self.closure, self.loss = self.evaluator.recorder.replay, None
+            center = self.evaluator.recorder.loss()
         self.center = center.clone() if self.is_due else center
         self.decision = Decision(self.rate, 0.0, Reason.HELD)
         # Elsewhere the check waits for the device, which a step without a measurement does not.
@@ -157,6 +169,8 @@ class StepSearch:
             if direction.base is None:
                 return
             self.is_due = False
+        if self.is_due and self.is_recorded:
+            self._check_record(process_group)
         if not self.is_preview:
             update.observe(self.groups, self.state, look=self.is_due)
         is_kept = self.is_due or update.averages or self.is_preview
@@ -173,6 +187,35 @@ class StepSearch:
         self.scalars |= flatten(state, CONTROLLER_STATE) | {DETERMINISM: state.determinism}
         if self.decision.reason is Reason.NON_FINITE and math.isfinite(samples.loss_center):
             self.before.restore()
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether probes repeat what was recorded, and not a closure."""
+        return self.closure == self.evaluator.recorder.replay
+
+    def _uses_record(self, center: Tensor) -> bool:
+        """Whether probes repeat what was recorded, where the closure would do less or more."""
+        recorder, runs_backward = self.evaluator.recorder, self.evaluator.runs_backward
+        self.forwards = self.backwards = int(self.closure is not None and self.loss is None)
+        if self.closure is None or self.loss is None:
+            return self.closure is None or (runs_backward and recorder.has_loss)
+        if self.is_due:
+            completes = [float(recorder.completes(center))]
+            (fraction,) = rank_mean(completes, center, self.strategies.process_group)
+            recorder.is_trusted = fraction == 1.0
+        return recorder.is_trusted and recorder.has_loss
+
+    def _check_record(self, process_group: ProcessGroup | None) -> None:
+        """Skips the measurement on all processes where one of them cannot repeat its calls."""
+        recorder = self.evaluator.recorder
+        changed = recorder.arguments_changed
+        flags = [float(changed or not recorder.is_complete), float(recorder.parameters_changed)]
+        lost, moved = rank_mean(flags, self.center, process_group)
+        if changed:
+            self.evaluator.diagnostics.warn("changed")
+        if moved:
+            self.evaluator.diagnostics.warn("moved")
+        self.is_due, self.is_moved = lost == 0.0, moved > 0.0
 
     def _measure(self, line: Line, state: Any) -> LineSamples | None:
         """Measures the line; None where memory runs out repeatedly, to continue without."""
@@ -197,6 +240,7 @@ class StepSearch:
         if unequal is not None:
             expected, repeated = unequal
             name = "unrepeatable" if self.loss is None else "unequal"
+            name = "unrecorded" if self.is_recorded else name
             diagnostics.warn(name, expected=expected, repeated=repeated)
         return samples
 
@@ -204,28 +248,59 @@ class StepSearch:
         """Plans a measurement, and evaluates it."""
         _, controller, _, schedule, process_group = self.strategies
         scalars, evaluator, two_phases = self.scalars, self.evaluator, self.loss is not None
-        # A caller who has access to the gradients may have clipped them.
-        gradient_unmodified = not (two_phases or evaluator.runs_backward)
+        before, closure = self.before, self.closure
+        if self.is_recorded:
+            # A caller who has access to the gradients may have clipped them.
+            gradient_unmodified = all(map(is_untouched, gradients_of(self.params)))
+            before = evaluator.recorder.before or before
+        else:
+            gradient_unmodified = not (two_phases or evaluator.runs_backward)
         check = state.slope_check
         slope = None if check is None else line.slope()
-        has_warned = evaluator.diagnostics.given & {"unequal", "unrepeatable"}
-        plan = ProbePlan(
-            distance=controller.probe_distance(state, self.rate),
-            slope=slope,
-            behind=slope is None or check is None or check.due or not gradient_unmodified,
-            is_audit=schedule.is_audit(scalars) and not has_warned,
-            two_phases=two_phases,
-            gradient_unmodified=gradient_unmodified,
-        )
-        losses = schedule.padded_losses(scalars)
+        has_warned = evaluator.diagnostics.given & {"unequal", "unrepeatable", "unrecorded"}
+        assert closure is not None
         with evaluator.probing(
-            self.closure, self.params, scalars, self.before, two_phases=two_phases
+            closure, self.params, scalars, before, is_origin=not two_phases
         ) as probes:
-            samples, unequal = measure(line, plan, probes, self.center, losses, process_group)
+            known = self._loss_as_started(line, probes) if two_phases else None
+            plan = ProbePlan(
+                distance=controller.probe_distance(state, self.rate),
+                slope=slope,
+                behind=slope is None or check is None or check.due or not gradient_unmodified,
+                is_audit=known is None and schedule.is_audit(scalars) and not has_warned,
+                repeats_center=known is None and (two_phases or self.is_moved),
+                gradient_unmodified=gradient_unmodified,
+            )
+            center = self.center if known is None else self.center.new_tensor(known)
+            losses = schedule.padded_losses(scalars)
+            samples, unequal = measure(line, plan, probes, center, losses, process_group)
             if unequal is not None and not probes.have_gradients:
                 # The loss may repeat itself only with gradients enabled.
                 probes.with_gradients = True
-                samples, unequal = measure(line, plan, probes, self.center, losses, process_group)
+                samples, unequal = measure(line, plan, probes, center, losses, process_group)
                 scalars[PROBES_WITH_GRADIENTS] = unequal is None
-        self.probes = probes.count
+        self.forwards += probes.count
+        self.backwards += probes.count if probes.runs_backward else 0
         return samples, unequal
+
+    def _loss_as_started(self, line: Line, probes: Probes) -> float | None:
+        """The loss under the random numbers of the caller's forward pass, None if none is known.
+
+        It is that from which the closure returns the caller's loss. Probes start from it then.
+        """
+        recorder, process_group = self.evaluator.recorder, self.strategies.process_group
+        own = probes.before
+        for start in recorder.starts if recorder.start_failures < START_FAILURES else ():
+            probes.before = own if start is None else replace(own, generators=start)
+            advanced = bool(own.pair_advanced(probes.before)[0].generators)
+            # All processes must take the same branch.
+            if not any(rank_mean([float(advanced)], self.center, process_group)):
+                continue
+            (loss,) = line.losses(probes.evaluate, [0.0])
+            given, repeated = rank_mean([reading(self.center), loss], self.center, process_group)
+            if not _differ(given, repeated, _resolution(probes)):
+                recorder.start_failures = 0
+                return repeated
+        recorder.start_failures += 1
+        probes.before = own
+        return None

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quadstep import arguments
 from quadstep.averaging import PlainUpdate, ScheduleFree
@@ -30,6 +30,7 @@ from quadstep.gradients import gradients_of, mark_used
 from quadstep.groups import GroupOptimizer, Strategies
 from quadstep.measurement import StepSearch
 from quadstep.preview import Preview, restored
+from quadstep.recorder import Function
 from quadstep.schedule import COUNTS, Schedule
 
 if TYPE_CHECKING:
@@ -69,9 +70,9 @@ class LQA(GroupOptimizer):
     """Trains without a learning rate: the rate is the minimizer of a measured parabola.
 
     Args:
-        params: parameters or param groups, or a `torch.optim` optimizer, whose steps are then the
-            directions and whose learning rates are measured. The learning rates of several groups
-            keep their ratios.
+        params: parameters or param groups; a module, which stands for its parameters and for
+            `model`; or a `torch.optim` optimizer, whose steps are then the directions and whose
+            learning rates are measured. The learning rates of several groups keep their ratios.
         direction: "rms", the gradient over its running root mean square, centralized and clipped,
             or "sgd", the gradient. By default "rms".
         averaging: "schedule-free" averages the iterates and shows the average in `eval()`; None
@@ -86,6 +87,12 @@ class LQA(GroupOptimizer):
             their own. By default 0.01.
         process_group: the processes that train together, over which the measured losses are
             averaged. By default all processes; a group of one trains by itself.
+        model: the module, or modules, whose calls in the loop return the loss, for loops that call
+            `step()` without a closure: a scalar tensor, `.loss`, `["loss"]` or the first element
+            of a tuple. On steps that measure its calls with gradients enabled are recorded, and
+            repeated without gradients as probes.
+        criterion: the loss module that the loop calls with the model's output, where the loss is
+            not computed in the model.
         lr: None, for frameworks that pass one to every optimizer.
 
     Raises:
@@ -98,6 +105,12 @@ class LQA(GroupOptimizer):
     Example:
         >>> opt = LQA(model.parameters())
         >>> loss = opt.step(lambda: loss_fn(model(x), y))
+
+        Without a closure:
+
+        >>> opt = LQA(model.parameters(), model=model, criterion=criterion)
+        >>> criterion(model(x), y).backward()
+        >>> opt.step()
     """
 
     def __init__(
@@ -110,9 +123,14 @@ class LQA(GroupOptimizer):
         every: int | None = None,
         weight_decay: float | None = None,
         process_group: ProcessGroup | None = None,
+        model: nn.Module | Iterable[nn.Module] | None = None,
+        criterion: nn.Module | None = None,
         lr: None = None,
     ) -> None:
         arguments.check_lr(lr)
+        if isinstance(params, nn.Module):
+            params, model = params.parameters(), params if model is None else model
+        modules = arguments.check_modules(model, criterion)
         own = {"direction": direction, "delta0": delta0, "weight_decay": weight_decay}
         base = arguments.check_params(params, own, searching=(LQA, torch.optim.LBFGS))
         arguments.check_options(direction, averaging, every, delta0)
@@ -139,7 +157,10 @@ class LQA(GroupOptimizer):
             Schedule(int(every), keeps_losses=averaged),
             process_group,
         )
-        super().__init__(params, strategies, {"lr": float(delta0), "weight_decay": weight_decay})
+        defaults = {"lr": float(delta0), "weight_decay": weight_decay}
+        super().__init__(params, strategies, defaults, ClosureEvaluator(modules, criterion))
+        if modules:
+            arguments.check_ownership(self.param_groups, modules, criterion)
 
     @classmethod
     def paper(
@@ -148,6 +169,8 @@ class LQA(GroupOptimizer):
         delta0: float = 0.1,
         *,
         process_group: ProcessGroup | None = None,
+        model: nn.Module | Iterable[nn.Module] | None = None,
+        criterion: nn.Module | None = None,
         lr: None = None,
     ) -> Self:
         """Algorithm 1 to the letter: gradient direction, two probes a step, no safeguards.
@@ -157,9 +180,11 @@ class LQA(GroupOptimizer):
         and the last finite rate remains the probe distance.
 
         Args:
-            params: parameters or param groups.
+            params: parameters, param groups or a module.
             delta0: the initial (small) learning rate, the first probe distance.
             process_group: the processes that train together, by default all.
+            model: as in the constructor.
+            criterion: as in the constructor.
             lr: None, as in the constructor.
 
         Example:
@@ -168,7 +193,13 @@ class LQA(GroupOptimizer):
         arguments.check_lr(lr)
         arguments.check_no_optimizer(params)
         optimizer = cls(
-            params, direction="sgd", averaging=None, delta0=delta0, process_group=process_group
+            params,
+            direction="sgd",
+            averaging=None,
+            delta0=delta0,
+            process_group=process_group,
+            model=model,
+            criterion=criterion,
         )
         optimizer.strategies = optimizer.strategies._replace(controller=VertexController())
         clear_scalars(optimizer._scalars)
@@ -209,7 +240,8 @@ class LQA(GroupOptimizer):
             closure: runs the model forward on this step's batch and returns the loss, a scalar
                 tensor. It is called once with gradients enabled. A step that measures calls it once
                 or twice more without, and the first measurement in a hundred steps once more, to
-                check that it repeats the loss. Update metrics outside the closure.
+                check that it repeats the loss. Update metrics outside the closure. Without one, the
+                caller has run `backward` on the loss of the `model`, whose calls are repeated.
             loss: for the two-phase use: the caller has run `loss.backward()` already, the
                 gradients are taken as they are and the closure is only probed (three times where
                 the step measures). Must be what the closure returns at the same parameters.
@@ -244,10 +276,30 @@ class LQA(GroupOptimizer):
         finally:
             mark_used(gradients_of(search.params))
         self.strategies.schedule.record_step(self._scalars, search.decision, search.center)
-        own = int(loss is None)
-        backwards = own + (search.probes if self._evaluator.runs_backward else 0)
-        self._last = (search.center, search.decision.reason, own + search.probes, backwards)
+        reason = search.decision.reason
+        self._last = (search.center, reason, search.forwards, search.backwards)
+        self._evaluator.recorder.marks = loss is not None
+        self._restart()
         return search.center
+
+    def recorded(self, function: Function) -> Function:
+        """Wraps a function that returns the loss, such that `step()` needs no closure.
+
+        Its calls are recorded as those of the `model` are, where the loss is computed by code that
+        is no module.
+
+        Args:
+            function: returns the loss as a `model` does. A method of a module belongs to it.
+
+        Returns:
+            The function, to be called in its place.
+
+        Example:
+            >>> loss_fn = opt.recorded(lambda x, y: cross_entropy(model(x).flatten(1), y))
+            >>> loss_fn(x, y).backward()
+            >>> opt.step()
+        """
+        return self._evaluator.recorder.recorded(function)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -272,7 +324,12 @@ class LQA(GroupOptimizer):
         """
         self._adopt()
         base = self.strategies.direction.base
-        with restored(self.param_groups, self.state, base), ExitStack() as rollback:
+        recorder = self._evaluator.recorder
+        with (
+            restored(self.param_groups, self.state, base),
+            recorder.paused(),
+            ExitStack() as rollback,
+        ):
             search = self._search(closure, None, is_preview=True)
             search.run(rollback)
         return Preview(search)
@@ -303,7 +360,8 @@ class LQA(GroupOptimizer):
 
     def _search(self, closure: Any, loss: Any, is_preview: bool) -> StepSearch:
         """Checks the arguments of a step, and resets the rates."""
-        arguments.check_call(closure, loss, self._scalars[TRAINING])
+        has_record = self._evaluator.recorder.is_given and not is_preview
+        arguments.check_call(closure, loss, self._scalars[TRAINING], has_record)
         self._reset_rates(warns=not is_preview)
         # What a preview learns of its closure is not known of later ones.
         evaluator = ClosureEvaluator(is_preview=True) if is_preview else self._evaluator

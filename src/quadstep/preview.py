@@ -52,13 +52,14 @@ class Preview:
             >>> losses = opt.preview(closure).losses([0.0, 0.01, 0.1])
         """
         search = self._search
+        assert search.closure is not None  # previews have one
         now = search.evaluator.tracker.capture(search.params)
         blocks = [] if search.line is None else search.line.blocks
         # Views of complex parameters are of the storage that they had.
         line = Line([replace(block, params=real_views(block.owners)) for block in blocks])
         try:
             with search.evaluator.probing(
-                search.closure, search.params, search.scalars, search.before, two_phases=True
+                search.closure, search.params, search.scalars, search.before, is_origin=False
             ) as probes:
                 return [*map(float, line.losses(probes.evaluate, rates))]
         finally:

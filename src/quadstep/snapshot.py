@@ -35,6 +35,17 @@ class RandomSource:
     equal: Callable[[Any, Any], bool]
 
 
+GeneratorStates = list[tuple[RandomSource, Any]]  # each source with its state
+
+
+def set_generators(states: GeneratorStates) -> None:
+    """Sets the generators that are in another state."""
+    for generator, state in states:
+        # Setting takes longer than reading, and few closures draw from more than one.
+        if not generator.equal(generator.get(), state):
+            generator.set(state)
+
+
 class NumpyGenerator:
     """NumPy's global generator, whose state is read in full only where its memory has changed.
 
@@ -77,16 +88,13 @@ class NumpyGenerator:
 class Snapshot:
     """The random generators, buffers and parallel modules at one time."""
 
-    generators: list[tuple[RandomSource, Any]]  # each with its state
+    generators: GeneratorStates
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]]  # owner, name, tensor, copied values
     resets: list[Callable[[], object]]  # of the modules of DDP and FSDP
 
     def restore(self) -> None:
         """Restores everything."""
-        for generator, state in self.generators:
-            # Setting takes longer than reading, and few closures draw from more than one.
-            if not generator.equal(generator.get(), state):
-                generator.set(state)
+        set_generators(self.generators)
         self.restore_buffers()
         for reset in self.resets:
             reset()
@@ -118,13 +126,19 @@ class ModuleTracker:
     """Finds the modules that a closure runs: an optimizer is given parameters, not modules.
 
     It looks during the first closure, and during one after new parameters are reached.
+
+    Attributes:
+        autocast_dtypes: the types in which autocast was seen to compute.
+        roots: the modules that were called by no other module.
+        is_due: whether it looks during the next closure.
     """
 
     def __init__(self) -> None:
-        self.autocast_dtypes: set[torch.dtype] = set()  # in which autocast was seen to compute
+        self.autocast_dtypes: set[torch.dtype] = set()
         self._modules: list[weakref.ref[nn.Module]] = []
         self._reached: set[int] = set()
-        self._is_due = True
+        self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.is_due = True
         self._generators: list[RandomSource] | None = None
 
     def __reduce__(self) -> tuple[type[ModuleTracker], tuple[()]]:
@@ -137,7 +151,7 @@ class ModuleTracker:
 
         Compiled modules run eagerly meanwhile: a hook that is there once would be compiled in.
         """
-        if not self._is_due:
+        if not self.is_due:
             yield
             return
         seen, thread = set(self._alive()), threading.get_ident()
@@ -155,6 +169,7 @@ class ModuleTracker:
                 return
             note_autocast()
             if module not in seen:
+                self.roots.add(module)
                 new = [part for part in module.modules() if part not in seen]
                 seen.update(new)
                 snapshot.buffers.extend(_buffers(new))
@@ -170,12 +185,15 @@ class ModuleTracker:
                 yield
         finally:
             hook.remove()
-        self._modules = [
-            weakref.ref(module)
-            for module in seen
-            if module._buffers or _is_ddp(module) or _is_fsdp(module)
+        self._modules = [weakref.ref(module) for module in seen if _has_state(module)]
+        self.is_due = False
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Adds modules that are known before they run."""
+        alive = self._alive()
+        self._modules += [
+            weakref.ref(module) for module in modules if _has_state(module) and module not in alive
         ]
-        self._is_due = False
 
     def note_gradients(self, params: Iterable[Tensor]) -> None:
         """Looks again in the next closure where a parameter has its first gradient."""
@@ -187,7 +205,7 @@ class ModuleTracker:
 
     def look_again(self) -> None:
         """Tracks the next closure, too; known modules stay known."""
-        self._is_due = True
+        self.is_due = True
 
     def capture(self, params: Iterable[Tensor] | None) -> Snapshot:
         """Takes a snapshot, with the generators of the parameters' devices, if any are given.
@@ -195,13 +213,15 @@ class ModuleTracker:
         Raises:
             RuntimeError: DDP is to continue without the ranks that run out of data.
         """
-        states: list[tuple[RandomSource, Any]] = []
-        if params is not None:
-            if self._generators is None:
-                self._generators = _random_sources({param.device for param in params})
-            states = [(generator, generator.get()) for generator in self._generators]
+        states = [] if params is None else self.generators(params)
         modules = self._alive()
         return Snapshot(states, _buffers(modules), _resets(modules))
+
+    def generators(self, params: Iterable[Tensor]) -> GeneratorStates:
+        """The state of all generators, those of the parameters' devices included."""
+        if self._generators is None:
+            self._generators = _random_sources({param.device for param in params})
+        return [(generator, generator.get()) for generator in self._generators]
 
     def reshard(self) -> None:
         """Has FSDP drop the parameters that it has gathered, because the shards have moved."""
@@ -210,6 +230,10 @@ class ModuleTracker:
     def _alive(self) -> list[nn.Module]:
         modules = (reference() for reference in self._modules)
         return [module for module in modules if module is not None]
+
+
+def _has_state(module: nn.Module) -> bool:
+    return bool(module._buffers) or _is_ddp(module) or _is_fsdp(module)
 
 
 def _is_ddp(module: nn.Module) -> bool:

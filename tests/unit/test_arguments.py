@@ -84,12 +84,6 @@ class TestErrors:
                 "steps pass the optimizer itself: LQA(torch.optim.AdamW(params))",
             ),
             (
-                lambda p: LQA(nn.Linear(2, 1)),
-                TypeError,
-                "params must be parameters, param groups or an optimizer, got a module, Linear; "
-                "use LQA(model.parameters())",
-            ),
-            (
                 lambda p: LQA(torch.optim.AdamW(p, maximize=True)),
                 ValueError,
                 "LQA goes where the loss falls, got a wrapped optimizer with maximize=True; leave "

@@ -27,8 +27,8 @@ class TestErrors:
                 lambda task: None,
                 TypeError,
                 "step() needs a closure that returns the loss, got NoneType; call it as "
-                "opt.step(lambda: loss_fn(model(x), y)), which runs backward itself, or after "
-                "loss.backward() as opt.step(closure, loss=loss)",
+                "opt.step(lambda: loss_fn(model(x), y)), which runs backward itself; or construct "
+                "LQA(params, model=model), and step() after loss.backward() needs none",
             ),
             (
                 lambda task: lambda: task.closure()().item(),
