@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ class ClosureEvaluator:
         if returned is None and self.recorder.has_loss:
             return None
         check_loss(returned, "closure")
-        loss: Tensor = returned
+        loss = cast(Tensor, returned)
         if self._has_run_backward(params, found):
             self._note_backward(closure)
         elif not loss.requires_grad:
