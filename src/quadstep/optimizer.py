@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quadstep import arguments
 from quadstep.averaging import PlainUpdate, ScheduleFree
@@ -29,8 +30,10 @@ from quadstep.directions import Gradient, OptimizerStep, RMSNormalized
 from quadstep.gradients import gradients_of, mark_used
 from quadstep.groups import GroupOptimizer, Strategies
 from quadstep.measurement import StepSearch
+from quadstep.metrics import flat_metrics
 from quadstep.preview import Preview, restored
 from quadstep.schedule import COUNTS, Schedule
+from quadstep.tensors import parameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -276,6 +279,65 @@ class LQA(GroupOptimizer):
             search = self._search(closure, None, is_preview=True)
             search.run(rollback)
         return Preview(search)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns `report` as a flat dict of floats, for loggers; waits for the device once.
+
+        The keys are the same at each call: "lqa/loss", "lqa/rate", "lqa/slope", "lqa/curvature",
+        "lqa/forwards" and "lqa/backwards", "lqa/reason/minimum" and so on, the number of steps that
+        ended for each reason, and, if there are several param groups, the rate of each,
+        "lqa/rate_0", "lqa/rate_1". Values that are not finite are nan.
+
+        Example:
+            >>> for name, value in opt.metrics().items():
+            ...     writer.add_scalar(name, value, step)
+        """
+        return flat_metrics(self.report, self.param_groups)
+
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """Holds the averaged weights in the parameters, inside a `with` block.
+
+        Afterwards, also after an exception, the parameters are bit for bit what they were. Blocks
+        may be nested. Without averaging nothing changes. `step` raises an error inside.
+
+        Example:
+            >>> with opt.averaged():
+            ...     validate(model)
+        """
+        self._adopt()
+        was_training = self._scalars[TRAINING]
+        self.eval()
+        try:
+            yield
+        finally:
+            (self.train if was_training else self.eval)()
+
+    def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Returns a copy of `model.state_dict()` with the averaged weights, for export.
+
+        What the optimizer does not average is copied as it is: buffers, other parameters and,
+        without averaging, all. Tied parameters stay tied. Model and optimizer stay as they are.
+        Call it between steps, where several processes train on all of them.
+
+        Args:
+            model: a module with parameters of the optimizer. The keys are those of its
+                `state_dict()`: for keys without the prefix of a wrapper give the module inside,
+                `ddp.module` or the model that was compiled.
+
+        Raises:
+            TypeError: `model` is not a module.
+            ValueError: `model` has no parameter of the optimizer.
+
+        Example:
+            >>> torch.save(opt.averaged_state_dict(model), "model.pt")
+        """
+        arguments.check_module(model)
+        with self.averaged():
+            # FSDP shards the parameters again here, so that they are those of the optimizer.
+            state_dict = model.state_dict()
+            arguments.check_trained(model, parameters(self.param_groups))
+            return copy.deepcopy(state_dict)
 
     @torch.no_grad()
     def eval(self) -> None:
