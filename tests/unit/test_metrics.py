@@ -6,21 +6,12 @@ import math
 import pytest
 import torch
 from problems import classification
-from training import saved_and_loaded, train
+from training import REPORTED, reported, saved_and_loaded, train
 
 from quadstep import LQA, Reason
 
-VALUES = ("loss", "rate", "slope", "curvature", "forwards", "backwards")
 REASONS = [f"lqa/reason/{reason.value}" for reason in Reason if reason is not Reason.INITIAL]
-KEYS = [*(f"lqa/{name}" for name in VALUES), *REASONS]
-
-
-def reported(opt):
-    """The metrics, as the report has them."""
-    report = opt.report
-    values = {f"lqa/{name}": getattr(report, name) for name in VALUES}
-    counts = {f"lqa/reason/{reason.value}": count for reason, count in report.counts.items()}
-    return values | dict.fromkeys(REASONS, 0) | counts
+KEYS = [*(f"lqa/{name}" for name in REPORTED), *REASONS]
 
 
 def equal(metrics, expected):
