@@ -12,9 +12,10 @@ from seams import is_due
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quadstep import LQA
+from quadstep import LQA, Reason
 
 Closure = Callable[[], Tensor]
+REPORTED = ("loss", "rate", "slope", "curvature", "forwards", "backwards")
 
 
 def train(task: Task, opt: LQA, steps: Iterable[int], enforce=lambda task: None) -> Tensor | None:
@@ -31,6 +32,15 @@ def train_seeded(task: Task, opt: LQA, steps: Iterable[int]) -> None:
     for step in steps:
         torch.manual_seed(step)
         opt.step(task.closure(step))
+
+
+def reported(opt: LQA) -> dict[str, float]:
+    """What the report of the last step has, by the names of the metrics."""
+    report = opt.report
+    values = {f"lqa/{name}": getattr(report, name) for name in REPORTED}
+    reasons = set(Reason) - {Reason.INITIAL}
+    counts = {f"lqa/reason/{reason.value}": report.counts.get(reason, 0) for reason in reasons}
+    return values | counts
 
 
 def full_loss(task: Task) -> float:

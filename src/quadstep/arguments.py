@@ -253,7 +253,25 @@ def check_call(closure: Any, loss: Any, training: bool, has_record: bool) -> Non
     if not training:
         raise RuntimeError(
             "step() was called while the parameters hold the averaged weights; "
-            "call opt.train() first"
+            "leave `with opt.averaged():`, or call opt.train(), first"
+        )
+
+
+def check_module(model: Any) -> None:
+    """Refuses what is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; "
+            "for several modules call it once for each"
+        )
+
+
+def check_trained(model: nn.Module, params: list[Tensor]) -> None:
+    """Refuses a module that has none of the optimizer's parameters."""
+    if set(model.parameters()).isdisjoint(params):
+        raise ValueError(
+            f"model, a {type(model).__name__}, has no parameter of this optimizer; "
+            "give the module whose parameters LQA was constructed with, not a copy of it"
         )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,18 +55,24 @@ class ClosureEvaluator:
 
     def gradient_pass(
         self, closure: Closure | None, loss: Tensor | None, params: list[Tensor], before: Snapshot
-    ) -> Tensor:
+    ) -> tuple[Tensor, Closure]:
         """Evaluates the loss and its gradients, unless the caller has done so.
+
+        Returns:
+            The loss, and what evaluates it: the closure, or a repetition of the recorded calls
+            where there is no closure or it runs backward.
 
         Raises:
             TypeError, ValueError: the closure returned something other than a scalar loss.
             RuntimeError: the loss has no graph, or no parameter has a gradient; without a closure,
                 also that no loss was recorded.
         """
-        if closure is None:
-            loss = self.recorder.loss()
-        elif loss is None:
+        if closure is not None and loss is None:
             loss = self._evaluate(closure, params, before)
+            if (loss is None or self.runs_backward) and self.recorder.has_loss:
+                closure = None
+        if closure is None or loss is None:
+            loss, closure = self.recorder.loss(), self.recorder.replay
         if not gradients.gradients_of(params):
             raise RuntimeError(
                 "no parameter of the optimizer has a gradient; compute the loss from the "
@@ -74,10 +80,13 @@ class ClosureEvaluator:
                 "step()"
             )
         self.tracker.note_gradients(params)
-        return full_tensor(loss.detach())
+        check_loss(loss, "closure")
+        return full_tensor(loss.detach()), closure
 
-    def _evaluate(self, closure: Closure, params: list[Tensor], before: Snapshot) -> Tensor:
+    def _evaluate(self, closure: Closure, params: list[Tensor], before: Snapshot) -> Tensor | None:
         """Evaluates the closure, and runs backward unless it does.
+
+        Frameworks that run backward before `step` give it a closure that returns None.
 
         Gradients that the caller has accumulated are left for a closure that runs backward, to
         clear or to add to.
@@ -89,8 +98,11 @@ class ClosureEvaluator:
         else:
             gradients.clear_gradients(params)
         with torch.enable_grad(), self.tracker.tracking(before, params):
-            loss = closure()
-        check_loss(loss, "closure")
+            returned: Any = closure()
+        if returned is None and self.recorder.has_loss:
+            return None
+        check_loss(returned, "closure")
+        loss = cast(Tensor, returned)
         if self._has_run_backward(params, found):
             self._note_backward(closure)
         elif not loss.requires_grad:

@@ -176,10 +176,16 @@ class GroupOptimizer(Optimizer):
 
     def _adopt(self) -> None:
         """Takes over groups and state that a wrapped optimizer, or the caller, has replaced."""
-        if (base := self.strategies.direction.base) is not None:
-            self.param_groups, self.state = base.param_groups, base.state
+        base = self.strategies.direction.base
+        if base is not None and self.param_groups is not base.param_groups:
+            self.param_groups = base.param_groups
+        if base is not None and self.state is not base.state:
+            self.state = base.state
         if self.param_groups:
-            self._scalars = checkpoint.move_scalars(self._scalars, self.param_groups)
+            scalars = checkpoint.move_scalars(self._scalars, self.param_groups)
+            # Wrappers that imitate the class keep for themselves what is assigned through them.
+            if scalars is not self._scalars:
+                self._scalars = scalars
 
     def _restart(self) -> None:
         """Records the calls of the next step."""

@@ -149,9 +149,12 @@ class StepSearch:
         """Searches; `rollback` undoes what the closure and a wrapped optimizer have changed."""
         direction, controller, update, _, process_group = self.strategies
         rollback.callback(self.before.restore)
-        center = self.evaluator.gradient_pass(self.closure, self.loss, self.params, self.before)
+        self.forwards = self.backwards = int(self.closure is not None and self.loss is None)
+        center, self.closure = self.evaluator.gradient_pass(
+            self.closure, self.loss, self.params, self.before
+        )
         # Closures may return one tensor each time, as replayed graphs do.
-        if self._uses_record(center):
+        if self.loss is not None and self._is_last_of_several(center):
             self.closure, self.loss = self.evaluator.recorder.replay, None
             center = self.evaluator.recorder.loss()
         self.center = center.clone() if self.is_due else center
@@ -193,15 +196,11 @@ class StepSearch:
         """Whether probes repeat what was recorded, and not a closure."""
         return self.closure == self.evaluator.recorder.replay
 
-    def _uses_record(self, center: Tensor) -> bool:
-        """Whether probes repeat what was recorded, where the closure would do less or more."""
-        recorder, runs_backward = self.evaluator.recorder, self.evaluator.runs_backward
-        self.forwards = self.backwards = int(self.closure is not None and self.loss is None)
-        if self.closure is None or self.loss is None:
-            return self.closure is None or (runs_backward and recorder.has_loss)
+    def _is_last_of_several(self, loss: Tensor) -> bool:
+        """Whether gradients of other losses were accumulated, which the closure does not return."""
+        recorder, process_group = self.evaluator.recorder, self.strategies.process_group
         if self.is_due:
-            completes = [float(recorder.completes(center))]
-            (fraction,) = rank_mean(completes, center, self.strategies.process_group)
+            (fraction,) = rank_mean([float(recorder.completes(loss))], loss, process_group)
             recorder.is_trusted = fraction == 1.0
         return recorder.is_trusted and recorder.has_loss
 

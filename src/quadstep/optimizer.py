@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -20,7 +20,6 @@ from quadstep.checkpoint import TRAINING, clear_scalars, is_state_request
 from quadstep.closures import Closure, ClosureEvaluator
 from quadstep.controllers import (
     Damping,
-    Reason,
     TrustRegionConfig,
     TrustRegionController,
     VertexController,
@@ -31,39 +30,12 @@ from quadstep.groups import GroupOptimizer, Strategies
 from quadstep.measurement import StepSearch
 from quadstep.preview import Preview, restored
 from quadstep.recorder import Function
+from quadstep.report import Report, flat_metrics
 from quadstep.schedule import COUNTS, Schedule
+from quadstep.tensors import parameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What the last step measured and did.
-
-    Attributes:
-        loss: the loss before the step; not a number before the first.
-        slope: a of equation (2), in units of the loss per rate; smoothed where measurements are.
-        curvature: b of equation (2), in units of the loss per squared rate, likewise.
-        rate: the rate in force after the step.
-        reason: why the rate is what it is.
-        forwards: evaluations of the closure in `step`.
-        backwards: backward passes in `step`.
-        counts: how many steps ended for each reason since the optimizer was made.
-
-    Example:
-        >>> opt.step(closure)
-        >>> print(opt.report.rate, opt.report.reason)
-    """
-
-    loss: float
-    slope: float
-    curvature: float
-    rate: float
-    reason: Reason
-    forwards: int
-    backwards: int
-    counts: Mapping[Reason, int] = field(default_factory=dict[Reason, int])
 
 
 class LQA(GroupOptimizer):
@@ -333,6 +305,65 @@ class LQA(GroupOptimizer):
             search = self._search(closure, None, is_preview=True)
             search.run(rollback)
         return Preview(search)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns `report` as a flat dict of floats, for loggers; waits for the device once.
+
+        The keys are the same at each call: "lqa/loss", "lqa/rate", "lqa/slope", "lqa/curvature",
+        "lqa/forwards" and "lqa/backwards", "lqa/reason/minimum" and so on, the number of steps that
+        ended for each reason, and, if there are several param groups, the rate of each,
+        "lqa/rate_0", "lqa/rate_1". Values that are not finite are nan.
+
+        Example:
+            >>> for name, value in opt.metrics().items():
+            ...     writer.add_scalar(name, value, step)
+        """
+        return flat_metrics(self.report, self.param_groups)
+
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """Holds the averaged weights in the parameters, inside a `with` block.
+
+        Afterwards, also after an exception, the parameters are bit for bit what they were. Blocks
+        may be nested. Without averaging nothing changes. `step` raises an error inside.
+
+        Example:
+            >>> with opt.averaged():
+            ...     validate(model)
+        """
+        self._adopt()
+        was_training = self._scalars[TRAINING]
+        self.eval()
+        try:
+            yield
+        finally:
+            (self.train if was_training else self.eval)()
+
+    def averaged_state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Returns a copy of `model.state_dict()` with the averaged weights, for export.
+
+        What the optimizer does not average is copied as it is: buffers, other parameters and,
+        without averaging, all. Tied parameters stay tied. Model and optimizer stay as they are.
+        Call it between steps, where several processes train on all of them.
+
+        Args:
+            model: a module with parameters of the optimizer. The keys are those of its
+                `state_dict()`: for keys without the prefix of a wrapper give the module inside,
+                `ddp.module` or the model that was compiled.
+
+        Raises:
+            TypeError: `model` is not a module.
+            ValueError: `model` has no parameter of the optimizer.
+
+        Example:
+            >>> torch.save(opt.averaged_state_dict(model), "model.pt")
+        """
+        arguments.check_module(model)
+        with self.averaged():
+            # FSDP shards the parameters again here, so that they are those of the optimizer.
+            state_dict = model.state_dict()
+            arguments.check_trained(model, parameters(self.param_groups))
+            return copy.deepcopy(state_dict)
 
     @torch.no_grad()
     def eval(self) -> None:

@@ -33,7 +33,8 @@ class _Link(NamedTuple):
 
     call: Call
     number: int  # among the leaves of what it returned
-    geometry: tuple[Any, Any, Any] | None  # sizes, strides and offset of a view
+    geometry: tuple[Any, Any, Any] | None = None  # sizes, strides and offset of a view
+    dtype: torch.dtype | None = None  # that it was cast to
 
 
 @dataclass(eq=False, slots=True)
@@ -404,13 +405,15 @@ class Recorder:
     def _link(self, leaf: Tensor) -> _Link | None:
         for reference, call, number in self._outputs:
             output = reference()
-            if output is leaf:
-                return _Link(call, number, None)
-            if output is None or leaf._base is None:
+            if output is None:
                 continue
-            if leaf._base is output or leaf._base is output._base:
+            if output is leaf:
+                return _Link(call, number)
+            if leaf._base is not None and (leaf._base is output or leaf._base is output._base):
                 offset = leaf.storage_offset() - output.storage_offset()
                 return _Link(call, number, (leaf.size(), leaf.stride(), offset))
+            if _is_cast(leaf, output):
+                return _Link(call, number, dtype=leaf.dtype)
         return None
 
     def _weigh(self, call: Call, gradient: Tensor) -> None:
@@ -490,9 +493,19 @@ def _argument(leaf: Any, outputs: dict[Call, list[Any]]) -> Any:
         return leaf
     tensor = outputs[leaf.call][leaf.number]
     if leaf.geometry is None:
-        return tensor
+        return tensor if leaf.dtype is None else tensor.to(leaf.dtype)
     size, stride, offset = leaf.geometry
     return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+
+
+def _is_cast(tensor: Tensor, original: Tensor) -> bool:
+    """Whether a tensor is another in a different type, as `.float()` returns."""
+    node = tensor.grad_fn
+    return (
+        node is not None
+        and node.name() == "ToCopyBackward0"
+        and node.next_functions[0][0] is original.grad_fn
+    )
 
 
 def _describe(output: Any) -> str:

@@ -9,6 +9,7 @@ from ranks import (
     THREE,
     begun,
     full,
+    gathered,
     in_one_process,
     rank,
     sharded,
@@ -119,6 +120,28 @@ def check_a_loaded_average_is_validated_and_trained_on(folder):
             assert identical(full(owner), full(model))
         else:
             torch.testing.assert_close(full(owner), full(model), rtol=1e-9, atol=1e-9)
+
+
+def check_an_exported_average_changes_nothing(_):
+    """Also where FSDP has kept what it gathered to validate."""
+    for parallelise in (sharded, split, DistributedDataParallel):
+        data = (1, 0) if parallelise is split else (None, None)
+        (task, model, opt), (_, twin, other) = (begun("lqa-auto", parallelise) for _ in range(2))
+        for each, owner in ((opt, model), (other, twin)):
+            train_on_shares(each, owner, task, range(13), *data)
+        other.eval()
+        averaged = full(twin)
+        other.train()
+        with torch.no_grad():
+            model(task.inputs)
+        exported = opt.averaged_state_dict(model)
+        assert [*exported] == [*model.state_dict()]
+        for each, owner in ((opt, model), (other, twin)):
+            train_on_shares(each, owner, task, range(13, 20), *data)
+        assert identical(full(model), full(twin))
+        # Training has not changed the copies, which are sharded as the parameters are.
+        assert identical(gathered(exported), averaged)
+        assert [*map(type, exported.values())] == [*map(type, model.state_dict().values())]
 
 
 def in_mode(evaluating):

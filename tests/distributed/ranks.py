@@ -64,9 +64,14 @@ def train_on_shares(opt, model, task, steps, parts=None, part=None):
 
 def full(model):
     """Copies of the parameters, gathered from all ranks."""
+    return gathered(dict(model.named_parameters()))
+
+
+def gathered(state_dict):
+    """Copies of the tensors of a state dict, gathered from all ranks."""
     return [
         (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-        for tensor in model.parameters()
+        for tensor in state_dict.values()
     ]
 
 

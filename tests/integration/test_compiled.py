@@ -14,6 +14,8 @@ from training import backward_of, step_in_two_phases, train
 
 from quadstep import LQA
 
+EAGER = partial(torch.compile, backend="eager")
+
 
 def test_compiled_models():
     task = classification()
@@ -75,13 +77,19 @@ def test_a_compiled_step_takes_the_same_steps(build, kind):
     assert frames.frame_count <= 3
 
 
-def test_what_is_compiled_within_a_step_stays_so():
+@pytest.mark.parametrize("around", [lambda step: step, EAGER], ids=["", "train step"])
+def test_what_is_compiled_within_a_step_stays_so(around):
     task = classification()
     frames = CompileCounter()
     compiled = torch.compile(task.model, backend=frames)
     opt = LQA(task.model.parameters())
-    for _ in range(40):
+
+    @around
+    def train_step():
         opt.step(lambda: functional.cross_entropy(compiled(task.inputs), task.labels))
+
+    for _ in range(40):
+        train_step()
     # With gradients and without.
     assert frames.frame_count == 2
 

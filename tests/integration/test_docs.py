@@ -46,8 +46,8 @@ def is_trained(optimizer: LQA, accuracy: torch.Tensor) -> bool:
 
 @pytest.mark.filterwarnings("ignore::Warning:lightning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_code_blocks_of_a_page_run(page, subtests, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("offline")
+def test_the_code_blocks_of_a_page_run(page, subtests):
     torch.manual_seed(0)
     document = SYBIL.parse(page)
     names = document.namespace

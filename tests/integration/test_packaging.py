@@ -33,7 +33,7 @@ for name in quadstep.__all__:
 """
 
 USER_PROGRAM = """
-from typing import assert_type
+from typing import Any, assert_type
 
 import torch
 from torch import Tensor
@@ -57,6 +57,10 @@ assert_type(opt.step(lambda: (inputs @ weights).sum()), Tensor)
 assert_type(opt.report, Report)
 assert_type(opt.report.rate, float)
 assert_type(opt.report.reason, Reason)
+assert_type(opt.metrics(), dict[str, float])
+assert_type(opt.averaged_state_dict(torch.nn.Linear(1, 1)), dict[str, Any])
+with opt.averaged() as nothing:
+    assert_type(nothing, None)
 optimizer: torch.optim.Optimizer = opt
 
 assert_type(opt.report.rate, str)  # error
@@ -64,6 +68,7 @@ LQA([weights], 0.1)  # error
 LQA([weights], delta0="0.1")  # error
 LQA([weights], direction="uphill")  # error
 opt.step(3)  # error
+opt.averaged_state_dict([torch.nn.Linear(1, 1)])  # error
 opt.report.rate = 0.1  # error
 opt.report.rates  # error
 quadstep.LBA  # error
@@ -212,7 +217,7 @@ class TestSdist:
         return run_pytest
 
     def test_it_leaves_the_experiments_out(self, sdist):
-        assert {"src", "tests", "docs"} <= {path.name for path in sdist.iterdir()}
+        assert {"src", "tests", "docs", "examples"} <= {path.name for path in sdist.iterdir()}
         assert not (sdist / "benchmarks").exists()
         assert not [*(sdist / "results").rglob("*.jsonl")]
 
