@@ -43,7 +43,7 @@ arguments = TrainingArguments(
 trainer = Trainer(
     model,
     arguments,
-    train_dataset=rows(1024),
+    train_dataset=rows(512),
     eval_dataset=rows(512),
     optimizers=(LQA(model.parameters(), model=model), None),
     callbacks=[LQACallback()],  # optional: logs the measured rate, saves averaged weights

@@ -16,7 +16,7 @@ tokenizer = PreTrainedTokenizerFast(
     tokenizer_object=made, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
 )
 texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
-data = Dataset.from_dict({"text": texts * 32})
+data = Dataset.from_dict({"text": texts * 16})
 
 torch.manual_seed(0)
 config = GPT2Config(

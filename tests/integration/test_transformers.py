@@ -41,7 +41,7 @@ class Classifier(nn.Module):
         return {"loss": cross_entropy(logits, labels), "logits": logits}
 
 
-def classified(rows=256):
+def classified(rows=128):
     inputs = torch.randn(rows, 10, generator=torch.Generator().manual_seed(0))
     return [{"x": x, "labels": x[:3].argmax()} for x in inputs]
 
@@ -63,7 +63,7 @@ def language_model(dropout=0.1):
     return transformers.GPT2LMHeadModel(config)
 
 
-def counted(rows=256):
+def counted(rows=128):
     # The first token has no label, as the Trainer divides by the number of those that have one.
     labels = IDS.index_fill(1, torch.tensor([0]), -100)
     return [
@@ -127,21 +127,25 @@ class TestTraining:
     def test_needs_nothing_but_the_optimizer(self, task, tmp_path):
         model, rows = task
         opt = LQA(model.parameters(), model=model)
-        with_gradients, without = [], []
+        with_gradients, without, forwards = [], [], []
 
         def count(module, inputs):
             (with_gradients if torch.is_grad_enabled() else without).append(module)
 
         model.register_forward_pre_hook(count)
+        opt.register_step_post_hook(lambda *_: forwards.append(opt.report.forwards))
         before = loss_of(model, rows)
         without.clear()
         trainer_of(model, opt, rows, tmp_path, num_train_epochs=12).train()
+        # One call with gradients for each of two micro-batches, and one without in each probe.
+        assert len(with_gradients) == 2 * len(forwards) == 12 * 128 // 8
+        assert len(without) == 2 * sum(forwards) > 0
+        assert opt.report.backwards == 0
+        # Most steps do not measure.
+        assert sum(map(bool, forwards)) < 0.5 * len(forwards)
         with opt.averaged():
             assert loss_of(model, rows) < 0.3 * before
         assert opt.rate > 1e-4
-        # One call with gradients a micro-batch; probes have none, on about one step in ten.
-        assert len(with_gradients) == 12 * 256 // 8
-        assert 0 < len(without) < 0.5 * len(with_gradients)
 
     @pytest.mark.parametrize("clip", [0.0, 0.1])
     @pytest.mark.parametrize("name", TASKS)
@@ -196,7 +200,7 @@ class TestTraining:
         opt = LQA(torch.optim.AdamW(model.parameters()), model=model)
         before = loss_of(model, rows)
         trainer_of(model, opt, rows, tmp_path, num_train_epochs=8).train()
-        assert loss_of(model, rows) < 0.5 * before
+        assert loss_of(model, rows) < 0.9 * before
 
     def test_bfloat16(self, task, tmp_path):
         model, rows = task
@@ -308,12 +312,15 @@ class TestEvaluation:
 
 
 class TestCheckpoints:
-    @pytest.mark.parametrize("callbacks", [(), (LQACallback,)], ids=["alone", "callback"])
-    @pytest.mark.parametrize("eval_steps", [1000, 5, 12], ids=["none", "between", "before"])
+    @pytest.mark.parametrize(
+        ("eval_steps", "callbacks"),
+        [(1000, []), (5, [LQACallback]), (12, [])],
+        ids=["without an evaluation", "averaged by the callback", "after an evaluation"],
+    )
     def test_resume_bit_for_bit(self, task, eval_steps, callbacks, tmp_path):
         model, rows = task
         ends, start = [], copy.deepcopy(model)
-        options = {"eval_strategy": "steps", "eval_steps": eval_steps, "max_steps": 30}
+        options = {"eval_strategy": "steps", "eval_steps": eval_steps, "max_steps": 20}
         options |= {"save_strategy": "steps", "save_steps": 12}
         for checkpoint in (None, tmp_path / "checkpoint-12"):
             each = copy.deepcopy(start)
