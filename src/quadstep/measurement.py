@@ -250,7 +250,8 @@ class StepSearch:
         before, closure = self.before, self.closure
         if self.is_recorded:
             # A caller who has access to the gradients may have clipped them.
-            gradient_unmodified = all(map(is_untouched, gradients_of(self.params)))
+            passes, found = evaluator.recorder.backward_passes, gradients_of(self.params)
+            gradient_unmodified = all(is_untouched(gradient, passes) for gradient in found)
             before = evaluator.recorder.before or before
         else:
             gradient_unmodified = not (two_phases or evaluator.runs_backward)
@@ -262,12 +263,14 @@ class StepSearch:
             closure, self.params, scalars, before, is_origin=not two_phases
         ) as probes:
             known = self._loss_as_started(line, probes) if two_phases else None
+            repeats_center = known is None and (two_phases or self.is_moved)
+            is_comparable = known is None and not (self.is_moved or has_warned)
             plan = ProbePlan(
                 distance=controller.probe_distance(state, self.rate),
                 slope=slope,
                 behind=slope is None or check is None or check.due or not gradient_unmodified,
-                is_audit=known is None and schedule.is_audit(scalars) and not has_warned,
-                repeats_center=known is None and (two_phases or self.is_moved),
+                is_audit=is_comparable and schedule.is_audit(scalars),
+                repeats_center=repeats_center,
                 gradient_unmodified=gradient_unmodified,
             )
             center = self.center if known is None else self.center.new_tensor(known)
