@@ -248,6 +248,7 @@ class LQA(GroupOptimizer):
         except BaseException:
             # Restored to the same values, as a second try finds them.
             self._evaluator.recorder.note_parameters(unless=search.is_moved)
+            self._evaluator.tracker.look_again()
             raise
         finally:
             mark_used(gradients_of(search.params))

@@ -54,6 +54,7 @@ class Call:
     """One call of a module or function with gradients enabled."""
 
     function: Callable[..., Any]
+    repeat: Callable[..., Any]  # the function, or a compiled module around it
     generators: GeneratorStates | None = None  # before it; None where the step does not measure
     arguments: list[Any] = field(default_factory=list[Any])  # the leaves of both kinds of them
     structure: Any = None
@@ -107,6 +108,7 @@ class Recorder:
         self.modules, self.criterion = tuple(modules), criterion
         self.is_given = bool(self.modules)  # whether steps need no closure
         self.is_active = self.is_given  # whether calls are recorded, and not only where they start
+        self.is_inexact = False  # whether a repetition was seen to return another loss
         self.is_trusted = False  # in place of the closure, where gradients are accumulated
         self.measures = True  # whether the next step does
         self.marks = True  # whether the random state is kept at the end of a step and `zero_grad`
@@ -253,7 +255,7 @@ class Recorder:
                 args, kwargs = pytree.tree_unflatten(arguments, call.structure)
                 set_generators(call.generators or [])
                 with _autocast(call.autocast):
-                    output = call.function(*args, **kwargs)
+                    output = call.repeat(*args, **kwargs)
                 outputs[call] = pytree.tree_leaves(output)
                 losses[call] = loss_of(output)
         finally:
@@ -351,6 +353,8 @@ class Recorder:
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module in self._watched:
             self._enter(module, args, kwargs)
+            if (call := self._stack[-1][1]) is not None and call.generators is not None:
+                call.repeat = _as_compiled(module)
 
     def _leave_module(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         if module in self._watched and self._stack:
@@ -367,7 +371,7 @@ class Recorder:
             self.count += 1
             wanted = (self.is_active or self.measures) and not self._is_replaying
             if wanted and torch.is_grad_enabled() and not _is_within_torch():
-                call = Call(function)
+                call = Call(function, function)
                 if self.measures:
                     self._record(call, args, kwargs)
         self._stack.append((function, call))
@@ -605,11 +609,26 @@ def _is_running(function: Callable[..., Any], calls: int) -> bool:
     return running >= calls
 
 
+def _as_compiled(module: nn.Module) -> Callable[..., Any]:
+    """A module as the caller runs it: compiled alone, or within a compiled function."""
+    callers = (frame.f_locals.get("self") for frame in _frames())
+    modules = (caller for caller in callers if isinstance(caller, nn.Module))
+    compiled = (one for one in modules if one._modules.get("_orig_mod") is module)
+    if (found := next(compiled, None)) is not None:
+        return found
+    is_within = _is_called_by_compiler() and cast(Any, module)._compiled_call_impl is None
+    compile_: Any = torch.compile
+    return compile_(module) if is_within else module
+
+
 def _is_compiled(modules: list[nn.Module]) -> bool:
     """Whether one of the modules, a part of one, or what calls it, is compiled."""
     parts: list[Any] = [part for module in modules for part in module.modules()]
-    if any("_orig_mod" in part._modules or part._compiled_call_impl for part in parts):
-        return True
+    compiled = ("_orig_mod" in part._modules or part._compiled_call_impl for part in parts)
+    return any(compiled) or _is_called_by_compiler()
+
+
+def _is_called_by_compiler() -> bool:
     # The frames of the hook itself come from the compiler, too.
     outer = dropwhile(lambda frame: frame.f_code is not _MODULE_CALL, _frames())
     return any(frame.f_code.co_filename.endswith("_dynamo/eval_frame.py") for frame in outer)
