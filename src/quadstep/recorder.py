@@ -617,8 +617,7 @@ def _as_compiled(module: nn.Module) -> Callable[..., Any]:
     if (found := next(compiled, None)) is not None:
         return found
     is_within = _is_called_by_compiler() and cast(Any, module)._compiled_call_impl is None
-    compile_: Any = torch.compile
-    return compile_(module) if is_within else module
+    return cast(Any, torch).compile(module) if is_within else module
 
 
 def _is_compiled(modules: list[nn.Module]) -> bool:
