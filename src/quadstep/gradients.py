@@ -52,9 +52,9 @@ def is_modified(gradient: Tensor) -> bool:
     return not hasattr(gradient, _USED) and gradient._version > 0
 
 
-def is_untouched(gradient: Tensor) -> bool:
-    """Whether a gradient is as a single backward pass has left it, as far as its version tells."""
-    return not hasattr(gradient, _USED) and gradient._version == 0
+def is_untouched(gradient: Tensor, passes: int) -> bool:
+    """Whether a gradient is as so many backward passes have left it, each of which adds to it."""
+    return not hasattr(gradient, _USED) and gradient._version < passes
 
 
 def is_zero(gradient: Tensor) -> bool:

@@ -136,6 +136,7 @@ class StepSearch:
         self.scalars, self.params = self.groups[0], parameters(self.groups)
         self.rate, self.is_due = rate_in_force(self.groups), self.scalars[WAIT] == 0
         sources = self.params if self.is_due or self.is_preview else None
+        self.evaluator.tracker.start_step()
         self.before = self.evaluator.tracker.capture(sources)
 
     @property
@@ -238,6 +239,7 @@ class StepSearch:
             diagnostics.warn("constant", loss=samples.loss_center, change=change)
         if unequal is not None:
             expected, repeated = unequal
+            self.evaluator.recorder.is_inexact = self.is_recorded
             name = "unrepeatable" if self.loss is None else "unequal"
             name = "unrecorded" if self.is_recorded else name
             diagnostics.warn(name, expected=expected, repeated=repeated)
@@ -250,7 +252,8 @@ class StepSearch:
         before, closure = self.before, self.closure
         if self.is_recorded:
             # A caller who has access to the gradients may have clipped them.
-            gradient_unmodified = all(map(is_untouched, gradients_of(self.params)))
+            passes, found = evaluator.recorder.backward_passes, gradients_of(self.params)
+            gradient_unmodified = all(is_untouched(gradient, passes) for gradient in found)
             before = evaluator.recorder.before or before
         else:
             gradient_unmodified = not (two_phases or evaluator.runs_backward)
@@ -262,12 +265,15 @@ class StepSearch:
             closure, self.params, scalars, before, is_origin=not two_phases
         ) as probes:
             known = self._loss_as_started(line, probes) if two_phases else None
+            is_inexact = self.is_recorded and evaluator.recorder.is_inexact
+            repeats_center = known is None and (two_phases or self.is_moved or is_inexact)
+            is_comparable = known is None and not (self.is_moved or has_warned)
             plan = ProbePlan(
                 distance=controller.probe_distance(state, self.rate),
                 slope=slope,
                 behind=slope is None or check is None or check.due or not gradient_unmodified,
-                is_audit=known is None and schedule.is_audit(scalars) and not has_warned,
-                repeats_center=known is None and (two_phases or self.is_moved),
+                is_audit=is_comparable and schedule.is_audit(scalars),
+                repeats_center=repeats_center,
                 gradient_unmodified=gradient_unmodified,
             )
             center = self.center if known is None else self.center.new_tensor(known)

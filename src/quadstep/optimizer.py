@@ -245,6 +245,11 @@ class LQA(GroupOptimizer):
                     )
                     self._set_rates(search.decision.rate)
                 rollback.pop_all()
+        except BaseException:
+            # Restored to the same values, as a second try finds them.
+            self._evaluator.recorder.note_parameters(unless=search.is_moved)
+            self._evaluator.tracker.look_again()
+            raise
         finally:
             mark_used(gradients_of(search.params))
         self.strategies.schedule.record_step(self._scalars, search.decision, search.center)

@@ -28,20 +28,33 @@ _MODULE_CALL = cast(Any, nn.Module)._call_impl.__code__
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+_Geometry = tuple[Any, Any, Any]  # sizes, strides and offset
+
+
 class _Link(NamedTuple):
     """An argument that an earlier call returned, or a view of it."""
 
     call: Call
     number: int  # among the leaves of what it returned
-    geometry: tuple[Any, Any, Any] | None = None  # sizes, strides and offset of a view
+    geometry: _Geometry | None = None  # of a view, its offset from what was returned
     dtype: torch.dtype | None = None  # that it was cast to
 
 
-@dataclass(eq=False, slots=True)
+class _Origin:
+    """Which call returned a tensor; the graph of the tensor keeps it alive."""
+
+    KEY = "quadstep"
+
+    def __init__(self, call: Call, number: int, geometry: _Geometry) -> None:
+        self.call, self.number, self.geometry = weakref.ref(call), number, geometry
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Call:
     """One call of a module or function with gradients enabled."""
 
     function: Callable[..., Any]
+    repeat: Callable[..., Any]  # the function, or a compiled module around it
     generators: GeneratorStates | None = None  # before it; None where the step does not measure
     arguments: list[Any] = field(default_factory=list[Any])  # the leaves of both kinds of them
     structure: Any = None
@@ -54,7 +67,7 @@ class Call:
     loss: Tensor | None = None  # its value, detached
     weight: Tensor | None = None  # the gradient that has reached the loss
     backward: int = -1  # the number of the backward pass that it came from
-    graph: Callable[[], object] = lambda: None  # a weak reference, alive as long as the graph
+    graph: list[weakref.ref[Any]] = field(default_factory=list[Any])  # alive as long as the graph
 
 
 class _Hook:
@@ -95,6 +108,7 @@ class Recorder:
         self.modules, self.criterion = tuple(modules), criterion
         self.is_given = bool(self.modules)  # whether steps need no closure
         self.is_active = self.is_given  # whether calls are recorded, and not only where they start
+        self.is_inexact = False  # whether a repetition was seen to return another loss
         self.is_trusted = False  # in place of the closure, where gradients are accumulated
         self.measures = True  # whether the next step does
         self.marks = True  # whether the random state is kept at the end of a step and `zero_grad`
@@ -106,7 +120,6 @@ class Recorder:
         self._tracker = tracker
         self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._stack: list[tuple[Callable[..., Any], Call | None]] = []
-        self._outputs: list[tuple[weakref.ref[Tensor], Call, int]] = []
         self._calls: list[Call] = []
         self._params: list[Tensor] = []
         self._versions: list[int] = []
@@ -157,14 +170,13 @@ class Recorder:
     def restart(self, params: list[Tensor], measures: bool) -> None:
         """Drops what is recorded, for the next step."""
         self._params, self.measures = params, measures
-        self._calls.clear()
-        self._outputs.clear()
+        self._keep(lambda call: False)
         self.before = None
         self._set_mark()
 
     def note_zero_grad(self) -> None:
         """Drops the calls whose gradients have been cleared."""
-        self._calls = [call for call in self._calls if call.weight is None]
+        self._keep(lambda call: call.weight is None)
         self._set_mark()
 
     @property
@@ -181,6 +193,11 @@ class Recorder:
     def has_loss(self) -> bool:
         """Whether a recorded loss was part of a backward pass."""
         return bool(self._losses())
+
+    @property
+    def backward_passes(self) -> int:
+        """The number of backward passes that the losses were part of."""
+        return len({call.backward for call in self._losses()})
 
     @property
     def is_complete(self) -> bool:
@@ -238,12 +255,17 @@ class Recorder:
                 args, kwargs = pytree.tree_unflatten(arguments, call.structure)
                 set_generators(call.generators or [])
                 with _autocast(call.autocast):
-                    output = call.function(*args, **kwargs)
+                    output = call.repeat(*args, **kwargs)
                 outputs[call] = pytree.tree_leaves(output)
                 losses[call] = loss_of(output)
         finally:
             self._is_replaying = False
         return self._sum(calls, [losses[call] for call in calls])
+
+    def note_parameters(self, unless: bool = False) -> None:
+        """Takes the present parameters for those of the recorded calls, as they are again."""
+        if not unless:
+            self._versions = self._parameter_versions()
 
     @contextmanager
     def paused(self) -> Generator[None]:
@@ -253,6 +275,13 @@ class Recorder:
             yield
         finally:
             self._is_replaying = before
+
+    def _keep(self, wanted: Callable[[Call], bool]) -> None:
+        """Drops the other calls, and what they keep: the loss, which refers to them, may live."""
+        for call in self._calls:
+            if not wanted(call):
+                call.arguments, call.versions = [], []
+        self._calls = [call for call in self._calls if wanted(call)]
 
     def _set_mark(self) -> None:
         is_kept = self.marks and self.measures
@@ -324,20 +353,25 @@ class Recorder:
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module in self._watched:
             self._enter(module, args, kwargs)
+            if (call := self._stack[-1][1]) is not None and call.generators is not None:
+                call.repeat = _as_compiled(module)
 
     def _leave_module(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         if module in self._watched and self._stack:
             self._leave(output)
 
     def _enter(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        if self._stack and not _is_running(self._stack[0][0]):
-            self._stack.clear()  # it was interrupted
+        if self._stack:
+            outermost = self._stack[0][0]
+            calls = [function, *(entry[0] for entry in self._stack)].count(outermost)
+            if not _is_running(outermost, calls):
+                self._stack.clear()
         call = None
         if not self._stack:
             self.count += 1
             wanted = (self.is_active or self.measures) and not self._is_replaying
             if wanted and torch.is_grad_enabled() and not _is_within_torch():
-                call = Call(function)
+                call = Call(function, function)
                 if self.measures:
                     self._record(call, args, kwargs)
         self._stack.append((function, call))
@@ -361,11 +395,11 @@ class Recorder:
                     self._weigh(call, gradient)
 
                 cast(Any, loss).register_hook(weigh)
-                call.graph = weakref.ref(weigh)
+                call.graph.append(weakref.ref(weigh))
         if call.generators is not None:
             for number, leaf in enumerate(pytree.tree_leaves(output)):
-                if isinstance(leaf, Tensor):
-                    self._outputs.append((weakref.ref(leaf), call, number))
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                    _mark(leaf, call, number)
 
     def _record(self, call: Call, args: Any, kwargs: Any) -> None:
         if self.before is None:
@@ -388,10 +422,9 @@ class Recorder:
         if not self.is_active:
             return
         call.arguments, call.structure = pytree.tree_flatten((args, kwargs))
-        self._outputs = [row for row in self._outputs if row[0]() is not None]
         for number, leaf in enumerate(call.arguments):
             if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
-                link = self._link(leaf)
+                link = _link(leaf)
                 call.depends |= link is None and _depends_on(leaf, self._params)
                 call.arguments[number] = leaf if link is None else link
             elif isinstance(leaf, Mapping):
@@ -402,27 +435,11 @@ class Recorder:
             if not tensor.is_inference()
         ]
 
-    def _link(self, leaf: Tensor) -> _Link | None:
-        for reference, call, number in self._outputs:
-            output = reference()
-            if output is None:
-                continue
-            if output is leaf:
-                return _Link(call, number)
-            if leaf._base is not None and (leaf._base is output or leaf._base is output._base):
-                offset = leaf.storage_offset() - output.storage_offset()
-                return _Link(call, number, (leaf.size(), leaf.stride(), offset))
-            if _is_cast(leaf, output):
-                return _Link(call, number, dtype=leaf.dtype)
-        return None
-
     def _weigh(self, call: Call, gradient: Tensor) -> None:
         task = torch._C._current_graph_task_id()
         if all(param.grad is None for param in self._params):
             # The gradients of earlier backward passes have been cleared.
-            self._calls = [
-                other for other in self._calls if other.weight is None or other.backward == task
-            ]
+            self._keep(lambda other: other.weight is None or other.backward == task)
             if call not in self._calls:
                 self._calls.append(call)
         gradient = full_tensor(gradient.detach())
@@ -431,16 +448,14 @@ class Recorder:
 
     def _drop_dead(self) -> None:
         """Drops the calls that no backward pass can reach any more, as of an evaluation."""
-        alive = {call for reference, call, _ in self._outputs if reference() is not None}
         linked = {leaf.call for call in self._calls for leaf in _links(call)}
-        self._calls = [
-            call
-            for call in self._calls
-            if call.weight is not None
-            or call.graph() is not None
-            or call in alive
-            or call in linked
-        ]
+        self._keep(
+            lambda call: (
+                call.weight is not None
+                or call in linked
+                or any(reference() is not None for reference in call.graph)
+            )
+        )
 
     def _parameter_versions(self) -> list[int]:
         params = (param for owner in self._owners for param in owner.parameters())
@@ -498,14 +513,36 @@ def _argument(leaf: Any, outputs: dict[Call, list[Any]]) -> Any:
     return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
-def _is_cast(tensor: Tensor, original: Tensor) -> bool:
-    """Whether a tensor is another in a different type, as `.float()` returns."""
-    node = tensor.grad_fn
-    return (
-        node is not None
-        and node.name() == "ToCopyBackward0"
-        and node.next_functions[0][0] is original.grad_fn
-    )
+def _mark(output: Tensor, call: Call, number: int) -> None:
+    """Marks the graph of what a call has returned, for `_link` to find."""
+    geometry = output.size(), output.stride(), output.storage_offset()
+    origin = _Origin(call, number, geometry)
+    call.graph.append(weakref.ref(origin))
+    for tensor in (output, output._base):
+        node: Any = None if tensor is None else tensor.grad_fn
+        if tensor is not None and node is not None:
+            node.metadata[_Origin.KEY, tensor.output_nr] = origin
+
+
+def _link(tensor: Tensor) -> _Link | None:
+    """Finds the call that returned a tensor, or one of which it is a view or a cast."""
+    base = tensor if tensor._base is None else tensor._base
+    origin = _origin(base.grad_fn, base.output_nr)
+    if origin is not None and (call := origin.call()) is not None:
+        own = tensor.size(), tensor.stride(), tensor.storage_offset()
+        is_same = own == origin.geometry
+        geometry = None if is_same else (own[0], own[1], own[2] - origin.geometry[2])
+        return _Link(call, origin.number, geometry)
+    node: Any = tensor.grad_fn
+    if node.name() == "ToCopyBackward0":
+        origin = _origin(*node.next_functions[0])
+        if origin is not None and (call := origin.call()) is not None:
+            return _Link(call, origin.number, dtype=tensor.dtype)
+    return None
+
+
+def _origin(node: Any, output: int) -> _Origin | None:
+    return None if node is None else node.metadata.get((_Origin.KEY, output))
 
 
 def _describe(output: Any) -> str:
@@ -561,21 +598,36 @@ def _frames() -> Iterable[FrameType]:
         frame = frame.f_back
 
 
-def _is_running(function: Callable[..., Any]) -> bool:
-    """Whether a call has not ended: an interrupt leaves a module without its hooks."""
+def _is_running(function: Callable[..., Any], calls: int) -> bool:
+    """Whether so many calls have not ended: an interrupt leaves a module without its hooks."""
     if not isinstance(function, nn.Module):
         return True
-    return any(
+    running = sum(
         frame.f_code is _MODULE_CALL and frame.f_locals.get("self") is function
         for frame in _frames()
     )
+    return running >= calls
+
+
+def _as_compiled(module: nn.Module) -> Callable[..., Any]:
+    """A module as the caller runs it: compiled alone, or within a compiled function."""
+    callers = (frame.f_locals.get("self") for frame in _frames())
+    modules = (caller for caller in callers if isinstance(caller, nn.Module))
+    compiled = (one for one in modules if one._modules.get("_orig_mod") is module)
+    if (found := next(compiled, None)) is not None:
+        return found
+    is_within = _is_called_by_compiler() and cast(Any, module)._compiled_call_impl is None
+    return cast(Any, torch).compile(module) if is_within else module
 
 
 def _is_compiled(modules: list[nn.Module]) -> bool:
     """Whether one of the modules, a part of one, or what calls it, is compiled."""
     parts: list[Any] = [part for module in modules for part in module.modules()]
-    if any("_orig_mod" in part._modules or part._compiled_call_impl for part in parts):
-        return True
+    compiled = ("_orig_mod" in part._modules or part._compiled_call_impl for part in parts)
+    return any(compiled) or _is_called_by_compiler()
+
+
+def _is_called_by_compiler() -> bool:
     # The frames of the hook itself come from the compiler, too.
     outer = dropwhile(lambda frame: frame.f_code is not _MODULE_CALL, _frames())
     return any(frame.f_code.co_filename.endswith("_dynamo/eval_frame.py") for frame in outer)

@@ -125,12 +125,12 @@ _STANCE = threading.RLock()  # held while the stance of torch's compiler, global
 class ModuleTracker:
     """Finds the modules that a closure runs: an optimizer is given parameters, not modules.
 
-    It looks during the first closure, and during one after new parameters are reached.
+    It looks during the first step, and during one after new parameters are reached.
 
     Attributes:
         autocast_dtypes: the types in which autocast was seen to compute.
         roots: the modules that were called by no other module.
-        is_due: whether it looks during the next closure.
+        is_due: whether it looks during the next step.
     """
 
     def __init__(self) -> None:
@@ -139,6 +139,7 @@ class ModuleTracker:
         self._reached: set[int] = set()
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.is_due = True
+        self._is_tracking = False
         self._generators: list[RandomSource] | None = None
 
     def __reduce__(self) -> tuple[type[ModuleTracker], tuple[()]]:
@@ -150,8 +151,9 @@ class ModuleTracker:
         """Tracks the modules that run, where that is due, and adds their state to a snapshot.
 
         Compiled modules run eagerly meanwhile: a hook that is there once would be compiled in.
+        They do so in all evaluations of a step, as they draw other random numbers then.
         """
-        if not self.is_due:
+        if not self._is_tracking:
             yield
             return
         seen, thread = set(self._alive()), threading.get_ident()
@@ -186,7 +188,10 @@ class ModuleTracker:
         finally:
             hook.remove()
         self._modules = [weakref.ref(module) for module in seen if _has_state(module)]
-        self.is_due = False
+
+    def start_step(self) -> None:
+        """Starts a step, during which it looks if that is due."""
+        self._is_tracking, self.is_due = self.is_due, False
 
     def add(self, modules: Iterable[nn.Module]) -> None:
         """Adds modules that are known before they run."""
@@ -196,7 +201,7 @@ class ModuleTracker:
         ]
 
     def note_gradients(self, params: Iterable[Tensor]) -> None:
-        """Looks again in the next closure where a parameter has its first gradient."""
+        """Looks again in the next step where a parameter has its first gradient."""
         reached = {id(param) for param in params if param.grad is not None}
         if not reached <= self._reached:
             if self._reached:
@@ -204,7 +209,7 @@ class ModuleTracker:
             self._reached |= reached
 
     def look_again(self) -> None:
-        """Tracks the next closure, too; known modules stay known."""
+        """Tracks the next step, too; known modules stay known."""
         self.is_due = True
 
     def capture(self, params: Iterable[Tensor] | None) -> Snapshot:

@@ -1,5 +1,7 @@
 """Training on several processes takes the steps of one process on the joined batches."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -96,6 +98,36 @@ def check_two_dimensions_equal_one_process(_):
         mesh["data"].get_local_rank(),
         ["lqa-auto"],
     )
+
+
+def check_recorded_calls_equal_closures(_):
+    """Also of accumulated parts, of which the last alone synchronizes."""
+    for parallelise, name, inner in [
+        (DistributedDataParallel, "lqa-auto", True),
+        (DistributedDataParallel, "lqa-auto", False),
+        (DistributedDataParallel, "lqa(adamw)", False),
+        (sharded, "lqa-auto", False),
+        (sharded, "lqa-paper", False),
+    ]:
+        _, reference_model, reference = begun(name, parallelise)
+        task = classification(dtype=torch.float64)
+        model = parallelise(task.model)
+        criterion = nn.CrossEntropyLoss()
+        recorded = {"model": task.model if inner else model, "criterion": criterion}
+        opt = CONFIGURATIONS[name](model.parameters(), **recorded)
+        rates = []
+        for step in range(STEPS):
+            inputs, labels = share(task, step)
+            opt.zero_grad()
+            with model.no_sync() if parallelise is DistributedDataParallel else nullcontext():
+                (criterion(model(inputs[::2]), labels[::2]) / 2.0).backward()
+            (criterion(model(inputs[1::2]), labels[1::2]) / 2.0).backward()
+            opt.step()
+            rates.append(opt.rate)
+        agree((rates, opt.report.forwards, opt.report.reason, opt.report.counts))
+        expected = train_on_shares(reference, reference_model, task, range(STEPS))
+        assert rates == pytest.approx(expected, rel=1e-6), (name, inner)
+        torch.testing.assert_close(full(task.model), full(reference_model), rtol=1e-6, atol=1e-9)
 
 
 def check_sequence_parallel_gradients_are_partial_sums(_):
