@@ -1,4 +1,7 @@
-"""Accelerate: a loop with accumulation, bfloat16 and clipping, saved and resumed."""
+"""Accelerate: a loop with accumulation, bfloat16 and clipping, saved and resumed.
+
+python examples/accelerate_loop.py
+"""
 
 import torch
 from accelerate import Accelerator

@@ -1,4 +1,7 @@
-"""PEFT: LoRA adapters of a small GPT-2 learn to count, in Transformers' Trainer."""
+"""PEFT: LoRA adapters of a small GPT-2 learn to count, in Transformers' Trainer.
+
+python examples/peft_lora.py
+"""
 
 import torch
 from peft import LoraConfig, get_peft_model

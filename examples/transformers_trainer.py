@@ -1,7 +1,9 @@
 """Transformers: a small BERT learns which of two kinds of token is more frequent.
 
-Accumulation, clipping, dropout, evaluation and checkpoints are the Trainer's. There is no learning
-rate and no schedule.
+    python examples/transformers_trainer.py
+
+Accumulation, clipping, evaluation and checkpoints are the Trainer's. There is no learning rate and
+no schedule.
 """
 
 import torch

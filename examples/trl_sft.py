@@ -1,4 +1,7 @@
-"""TRL: supervised fine-tuning of a small random GPT-2 with a tokenizer made here."""
+"""TRL: supervised fine-tuning of a small random GPT-2 with a tokenizer made here.
+
+python examples/trl_sft.py
+"""
 
 import torch
 from datasets import Dataset

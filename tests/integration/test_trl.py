@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
-    # PEFT and TRL call what Transformers has renamed.
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    # PEFT and TRL use what Transformers has renamed.
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
 ]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -1,1 +1,1 @@
-"""Callbacks for frameworks, one module each; none is imported with the library."""
+"""Callbacks for training frameworks: one module a framework, which imports that framework."""
