@@ -1,6 +1,8 @@
 """Accelerate: a loop with accumulation, bfloat16 and clipping, saved and resumed.
 
-python examples/accelerate_loop.py
+    python examples/accelerate_loop.py
+
+The loop is the one for AdamW.
 """
 
 import torch

@@ -1,6 +1,8 @@
 """PEFT: LoRA adapters of a small GPT-2 learn to count, in Transformers' Trainer.
 
-python examples/peft_lora.py
+    python examples/peft_lora.py
+
+Only the adapters and the head train.
 """
 
 import torch

@@ -1,6 +1,8 @@
 """TRL: supervised fine-tuning of a small random GPT-2 with a tokenizer made here.
 
-python examples/trl_sft.py
+    python examples/trl_sft.py
+
+Nothing is downloaded.
 """
 
 import torch
