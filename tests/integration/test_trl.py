@@ -148,6 +148,14 @@ class TestSFTTrainer:
         assert trainer.evaluate(data)["eval_loss"] < 0.8 * before
         assert all(torch.equal(param, body[name]) for name, param in frozen(model).items())
 
+    def test_asks_for_the_function_that_makes_the_loss(self, tmp_path):
+        model = language_model()
+        opt = LQA(model.parameters(), model=model)
+        trainer = sft(model, opt, tmp_path)
+        del trainer.compute_loss
+        with pytest.raises(RuntimeError, match="recorded"):
+            trainer.train()
+
     def test_measures_the_loss_that_is_differentiated(self, tmp_path):
         """The sum over the tokens of all micro-batches by their number."""
         model = language_model(dropout=0.0).double()
