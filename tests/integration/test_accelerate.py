@@ -75,7 +75,7 @@ def test_trains_in_mixed_precision(precision):
         assert loss_of(net) < 0.3 * before
 
 
-def test_accumulated_steps_are_those_of_whole_batches():
+def test_accumulated_steps_are_those_of_full_batches():
     """In double precision and without dropout, to rounding."""
     model, loss_fn = model_and_loss(dropout=0.0)
     model.double()
@@ -86,13 +86,13 @@ def test_accumulated_steps_are_those_of_whole_batches():
     parts = [(x.double(), y) for x, y in batches(2)]
     train(accelerator, net, loss_fn, optimizer, parts, clip=None)
 
-    whole = LQA(other.parameters(), direction="sgd")
+    reference = LQA(other.parameters(), direction="sgd")
     for pair in zip(parts[::2], parts[1::2], strict=True):
         x, y = (torch.cat(both) for both in zip(*pair, strict=True))
-        whole.step(lambda x=x, y=y: loss_fn(other(x), y))
+        reference.step(lambda x=x, y=y: loss_fn(other(x), y))
     for one, another in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, another, rtol=1e-7, atol=1e-9)
-    assert opt.rate == pytest.approx(whole.rate, rel=1e-7)
+    assert opt.rate == pytest.approx(reference.rate, rel=1e-7)
 
 
 @pytest.mark.parametrize("evaluating", [False, True])

@@ -77,11 +77,14 @@ TASKS = {
 }
 
 
-@pytest.fixture(params=TASKS)
+BOTH = pytest.mark.parametrize("task", TASKS, indirect=True)
+
+
+@pytest.fixture
 def task(request):
     """A model with dropout 0.1, and its rows."""
     torch.manual_seed(0)
-    make, rows = TASKS[request.param]
+    make, rows = TASKS[getattr(request, "param", "language model")]
     return make(dropout=0.1), rows()
 
 
@@ -124,6 +127,7 @@ def loss_of(model, rows):
 
 
 class TestTraining:
+    @BOTH
     def test_needs_nothing_but_the_optimizer(self, task, tmp_path):
         model, rows = task
         opt = LQA(model.parameters(), model=model)
@@ -149,7 +153,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("clip", [0.0, 0.1])
     @pytest.mark.parametrize("name", TASKS)
-    def test_accumulated_steps_are_those_of_whole_batches(self, name, clip, tmp_path):
+    def test_accumulated_steps_are_those_of_full_batches(self, name, clip, tmp_path):
         """In double precision and without dropout, to rounding."""
         make, rows = TASKS[name]
         torch.manual_seed(0)
@@ -159,7 +163,7 @@ class TestTraining:
         opt = LQA(model.parameters(), model=model, direction="sgd")
         trainer_of(model, opt, rows, tmp_path, max_grad_norm=clip, **options).train()
 
-        whole = LQA(other.parameters(), direction="sgd")
+        reference = LQA(other.parameters(), direction="sgd")
         for _ in range(2):
             for start in range(0, len(rows), 16):
                 batch = transformers.default_data_collator(rows[start : start + 16])
@@ -167,17 +171,17 @@ class TestTraining:
                 def closure(batch=batch):
                     return other(**batch)["loss"]
 
-                whole.zero_grad()
+                reference.zero_grad()
                 loss = closure()
                 loss.backward()
                 if clip:
                     nn.utils.clip_grad_norm_(other.parameters(), clip)
-                whole.step(closure, loss=loss)
+                reference.step(closure, loss=loss)
         for one, another in zip(model.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(one, another, rtol=1e-7, atol=1e-9)
-        assert opt.rate == pytest.approx(whole.rate, rel=1e-7)
+        assert opt.rate == pytest.approx(reference.rate, rel=1e-7)
         # The losses of Transformers are in single precision.
-        assert opt.report.loss == pytest.approx(whole.report.loss, rel=1e-6)
+        assert opt.report.loss == pytest.approx(reference.report.loss, rel=1e-6)
 
     def test_takes_a_class_and_the_model(self, tmp_path):
         torch.manual_seed(0)
@@ -270,6 +274,7 @@ class TestTraining:
 
 
 class TestEvaluation:
+    @BOTH
     def test_is_of_the_averaged_weights(self, task, tmp_path):
         model, rows = task
         opt = LQA(model.parameters(), model=model)
