@@ -166,6 +166,23 @@ def check_options(direction: Any, averaging: Any, every: Any, delta0: Any) -> No
         )
 
 
+def check_memory(state_dtype: Any, restore: Any, has_state: bool) -> None:
+    """Refuses types and ways to return that do not exist, and a type where there is no state."""
+    if state_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype!r}; "
+            "leave it out to keep the state in the type of each parameter"
+        )
+    if state_dtype is not None and not has_state:
+        raise ValueError(
+            "state_dtype is the type of LQA's own state, of which there is none without averaging "
+            f'around an optimizer or along "sgd", got state_dtype={state_dtype}; leave it out, or '
+            'pass averaging="schedule-free"'
+        )
+    if restore not in ("copy", "subtract"):
+        raise ValueError(f'restore must be "copy" or "subtract", got {restore!r}')
+
+
 def check_group(group: dict[str, Any], defaults: dict[str, Any], decays: bool) -> None:
     """Refuses a rate or weight decay that is out of range; drops either where it is None."""
     for name in ("lr", "weight_decay"):
