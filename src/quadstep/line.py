@@ -29,6 +29,7 @@ class ParamBlock:
     gradient: list[Tensor] | None = None  # None where it is not known
 
 
+SMALL = 2**12  # entries of the largest tensors that are always copied, which is faster
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -42,15 +43,18 @@ class Displacement:
 
     def __init__(self, tensor: Tensor, direction: Tensor, alpha: float) -> None:
         self._tensor, self._direction, self._alpha = tensor, direction, alpha
-        moved = tensor.clone().add_(direction, alpha=alpha)
-        integers = _INTEGERS[tensor.element_size()]
-        returned = moved.clone().add_(direction, alpha=-alpha).view(integers)
-        differs = returned.ne(tensor.view(integers))
-        places = differs.flatten().nonzero()[:, 0].to(torch.int32)
-        is_sparse = places.nbytes + len(places) * tensor.element_size() < tensor.nbytes
-        self._places = places if is_sparse else None
-        self._kept = tensor[differs] if is_sparse else tensor.clone()
-        self._moved: Tensor | None = moved
+        self._moved: Tensor | None = tensor.clone().add_(direction, alpha=alpha)
+        self._places: Tensor | None = None
+        self._kept = tensor
+        if tensor.numel() > SMALL:
+            integers = _INTEGERS[tensor.element_size()]
+            returned = self._moved.clone().add_(direction, alpha=-alpha).view(integers)
+            differing = returned.bitwise_xor_(tensor.view(integers)).flatten().nonzero()[:, 0]
+            if len(differing) * (4 + tensor.element_size()) < tensor.nbytes:
+                self._places = differing.to(torch.int32)
+                self._kept = tensor.flatten()[differing]
+        if self._places is None:
+            self._kept = tensor.clone()
         self._resting_version = tensor._version
 
     def move(self) -> None:
@@ -68,8 +72,9 @@ class Displacement:
         else:
             # As above, since a sum in place might be rounded by another instruction.
             returned = self._tensor.clone().add_(self._direction, alpha=-self._alpha)
-            places = torch.unravel_index(self._places.long(), returned.shape)
-            returned.index_put_(places, self._kept)
+            entries = returned.flatten()
+            entries[self._places.long()] = self._kept
+            returned = entries.view(returned.shape)
         self._resting_version = self._tensor._version + 1
         self._tensor.copy_(returned)
 

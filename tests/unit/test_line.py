@@ -45,8 +45,9 @@ def block(*values, lr_ratio=1.0, dtype=torch.float32) -> ParamBlock:
 
 
 @pytest.fixture(autouse=True)
-def no_grad():
+def no_grad(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(line_module, "SMALL", 2)
     with torch.no_grad():
         yield
 
