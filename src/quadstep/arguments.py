@@ -166,8 +166,8 @@ def check_options(direction: Any, averaging: Any, every: Any, delta0: Any) -> No
         )
 
 
-def check_memory(state_dtype: Any, restore: Any, has_state: bool) -> None:
-    """Refuses types and ways to return that do not exist, and a type where there is no state."""
+def check_memory(state_dtype: Any, restore: Any, has_state: bool, is_wrapper: bool) -> None:
+    """Refuses types and ways to return that do not exist, or would save nothing."""
     if state_dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(
             f"state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype!r}; "
@@ -181,6 +181,11 @@ def check_memory(state_dtype: Any, restore: Any, has_state: bool) -> None:
         )
     if restore not in ("copy", "subtract"):
         raise ValueError(f'restore must be "copy" or "subtract", got {restore!r}')
+    if restore == "subtract" and is_wrapper:
+        raise ValueError(
+            'restore="subtract" saves nothing around an optimizer, whose own step is found from a '
+            "copy of the parameters; leave it out"
+        )
 
 
 def check_group(group: dict[str, Any], defaults: dict[str, Any], decays: bool) -> None:

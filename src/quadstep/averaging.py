@@ -315,12 +315,8 @@ def _remove_stateless(detector: ChangeDetector, state: State) -> None:
 
 
 def _lerp(y: Tensor, z: Tensor, weight: float) -> None:
-    """Interpolates in place."""
-    if y.dtype is z.dtype:
-        y.lerp_(z, weight)
-    else:
-        dtype = single(y.dtype)
-        y.copy_(y.to(dtype).lerp(z.to(dtype), weight))
+    dtype = single(y.dtype)
+    y.copy_(y.to(dtype).lerp(z.to(dtype), weight))
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -139,26 +139,19 @@ class OptimizerStep(Direction):
         blocks = gather_blocks(groups, rate, allow_sparse=True)
         versions = [_versions(block) for block in blocks]
         start = [tensors.copies(block.params) for block in blocks]
-        line = Line(blocks, start, self.keeps_start)
+        line = Line(blocks, start)
         try:
             self._base.step()
         except BaseException:
             line.restore()
             raise
         for block, origin, version in zip(blocks, start, versions, strict=True):
-            if self.keeps_start:
-                block.direction = list(torch._foreach_sub(origin, block.params))
-            else:
-                block.direction = origin
-                for param, kept in zip(block.params, origin, strict=True):
-                    step = kept - param
-                    param.copy_(kept)
-                    kept.copy_(step)
+            block.direction = list(torch._foreach_sub(origin, block.params))
             block.lr_ratio = rate or 1.0
             if _versions(block) != version:
                 # Some optimizers write their steps into the gradients.
                 block.gradient = None
-        return line if self.keeps_start else Line(blocks, keeps_start=False)
+        return line
 
 
 def _versions(block: ParamBlock) -> list[int]:

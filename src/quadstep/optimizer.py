@@ -91,9 +91,9 @@ class LQA(GroupOptimizer):
             too. Parameters in bfloat16 with `torch.float32` have a state that does not round, and
             directions in single precision. Loaded states are converted.
         restore: "copy" returns the parameters from a copy after probes; "subtract" moves them
-            back, with a copy of the entries alone that would not return bit for bit (up to a tenth
-            of them, more in tensors whose entries are smaller than a move). What a closure itself
-            does to the parameters in a probe is then not undone.
+            back, also bit for bit, with a copy of the entries alone that rounding would change: a
+            few in a hundred, more where entries are smaller than a move. It takes longer, and what
+            a closure itself does to the parameters in a probe is then not undone.
         process_group: the processes that train together, over which the measured losses are
             averaged. By default all processes; a group of one trains by itself.
         lr: None, for frameworks that pass one to every optimizer.
@@ -130,7 +130,7 @@ class LQA(GroupOptimizer):
         arguments.check_options(direction, averaging, every, delta0)
         normalized = base is None and direction != "sgd"
         averaged = averaging == "schedule-free" or (averaging == "auto" and normalized)
-        arguments.check_memory(state_dtype, restore, has_state=normalized or averaged)
+        arguments.check_memory(state_dtype, restore, normalized or averaged, base is not None)
         if every is None:
             every = 10 if averaged else 1
         if delta0 is None:

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from configurations import CONFIGURATIONS
 from problems import classification, identical, noisy_classification, values
 from seams import pin_rate
 from torch import nn
@@ -37,12 +36,10 @@ BUILDERS = {
         torch.optim.AdamW(params, lr=1e-3, betas=(0.0, 0.999)), averaging="schedule-free", **own
     ),
 }
-RESTORED = CONFIGURATIONS | {
-    "lqa-auto": lambda params, **own: LQA(params, **own),
+RESTORED = {
+    "lqa-auto": LQA,
     "lqa": lambda params, **own: LQA(params, direction="sgd", averaging=None, **own),
-    "lqa(adamw)": lambda params, **own: LQA(torch.optim.AdamW(params, lr=1e-2), **own),
 }
-del RESTORED["lqa-paper"]
 
 
 def dtypes(opt: LQA) -> set[torch.dtype]:

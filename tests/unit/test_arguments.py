@@ -185,6 +185,12 @@ class TestErrors:
                 )
             ),
             (
+                lambda p: LQA(torch.optim.AdamW(p), restore="subtract"),
+                ValueError,
+                'restore="subtract" saves nothing around an optimizer, whose own step is found '
+                "from a copy of the parameters; leave it out",
+            ),
+            (
                 lambda p: LQA(p, restore="snapshot"),
                 ValueError,
                 'restore must be "copy" or "subtract", got \'snapshot\'',

@@ -47,9 +47,6 @@ SETTINGS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
         LQA, state_dtype=LOW, restore="subtract"
     ),
     "LQA(AdamW(params))": lambda params: LQA(AdamW(params, foreach=True)),
-    'LQA(AdamW(params), restore="subtract")': lambda params: LQA(
-        AdamW(params, foreach=True), restore="subtract"
-    ),
 }
 
 TASKS = ("gru-digits", "autoencoder-digits", "mlp-digits")
