@@ -1,5 +1,7 @@
 """What tests read of the optimizer's state by name, or replace in the library: all in one place."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -50,7 +52,7 @@ def take_two_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def keep_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the fast iterate step no further where losses are free of noise."""
-    monkeypatch.setattr(optimizer, "ScheduleFree", lambda: ScheduleFree(max_momentum_scale=1.0))
+    monkeypatch.setattr(optimizer, "ScheduleFree", partial(ScheduleFree, max_momentum_scale=1.0))
 
 
 def audit_every(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:

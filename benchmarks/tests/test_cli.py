@@ -44,6 +44,7 @@ def results(tmp_path) -> Path:
         "reproduce",
         "lines",
         "cost",
+        "memory",
         "restore",
         "suite",
         "soak",

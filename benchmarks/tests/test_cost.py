@@ -124,6 +124,8 @@ def test_restore(tmp_path, console, monkeypatch):
         if row["method"] == "snapshot":
             assert row["memory"] == 1.0
             assert row["drift_1"] == row["drift_10"] == 0.0
+        elif row["method"] == "compensation":
+            assert row["drift_1"] == row["drift_10"] == 0.0
         else:
             assert row["memory"] == 0.0
             assert row["ratio"] == 1.0

@@ -208,6 +208,28 @@ def check_options(direction: Any, averaging: Any, every: Any, delta0: Any) -> No
         )
 
 
+def check_memory(state_dtype: Any, restore: Any, has_state: bool, is_wrapper: bool) -> None:
+    """Refuses types and ways to return that do not exist, or would save nothing."""
+    if state_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype!r}; "
+            "leave it out to keep the state in the type of each parameter"
+        )
+    if state_dtype is not None and not has_state:
+        raise ValueError(
+            "state_dtype is the type of LQA's own state, of which there is none without averaging "
+            f'around an optimizer or along "sgd", got state_dtype={state_dtype}; leave it out, or '
+            'pass averaging="schedule-free"'
+        )
+    if restore not in ("copy", "subtract"):
+        raise ValueError(f'restore must be "copy" or "subtract", got {restore!r}')
+    if restore == "subtract" and is_wrapper:
+        raise ValueError(
+            'restore="subtract" saves nothing around an optimizer, whose own step is found from a '
+            "copy of the parameters; leave it out"
+        )
+
+
 def check_group(group: dict[str, Any], defaults: dict[str, Any], decays: bool) -> None:
     """Refuses a rate or weight decay that is out of range; drops either where it is None."""
     for name in ("lr", "weight_decay"):
@@ -228,12 +250,18 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any], decays: bool) -
         )
 
 
-def check_shape(param: Tensor, kept: Tensor) -> None:
-    """Refuses a parameter of another shape than its state, both as real tensors."""
+def check_state(param: Tensor, kept: Tensor, dtype: torch.dtype | None) -> None:
+    """Refuses a parameter unlike its state, both as real tensors; `dtype` is the state's own."""
     if param.shape != kept.shape:
         raise ValueError(
             f"a parameter has shape {tuple(param.shape)}, but had {tuple(kept.shape)} when its "
             "state was made; forget that state with del opt.state[param], or construct LQA anew"
+        )
+    if param.device != kept.device or (dtype is None and param.dtype != kept.dtype):
+        raise ValueError(
+            f"a parameter is {param.dtype} on {param.device}, but its state is {kept.dtype} on "
+            f"{kept.device}: the model was moved or cast after it began to train; have the state "
+            "follow with opt.load_state_dict(opt.state_dict())"
         )
 
 

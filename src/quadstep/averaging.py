@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from quadstep.arguments import check_shape
+from quadstep.arguments import check_state
 from quadstep.changes import UNKNOWN, ChangeDetector
 from quadstep.line import Line, ParamBlock
+from quadstep.rounding import parts, single
 from quadstep.tensors import Groups, parameters, real_views
 
 State = MutableMapping[Any, dict[str, Any]]
@@ -33,6 +34,7 @@ class Update(Protocol):
     """
 
     averages: ClassVar[bool]
+    state_dtypes: Mapping[str, torch.dtype] = {}  # by key of the state, if not the parameter's
 
     def initial_scalars(self) -> dict[str, int | float]:
         """Returns what the first param group must hold."""
@@ -96,6 +98,7 @@ class ScheduleFree(Update):
         weight_power: the n-th z has a weight of about n to this power in x.
         max_momentum_scale: largest momentum scale. Where losses are deterministic, the step of z is
             multiplied by the scale, and the weight of z in y is divided by it.
+        state_dtype: type of z; parameters in bfloat16 are then rounded stochastically, as z is.
 
     Example:
         >>> update = ScheduleFree(beta=0.9)
@@ -109,8 +112,10 @@ class ScheduleFree(Update):
     z_step_scale: float = 4.0
     weight_power: float = 3.0
     max_momentum_scale: float = 3.0
+    state_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        self.state_dtypes = {} if self.state_dtype is None else {"z": self.state_dtype}
         # _y: parameters as the last step left them; _watched: those the caller changed lately.
         self._y, self._watched = ChangeDetector(), ChangeDetector(exact=True)
         self._x = ChangeDetector()
@@ -126,7 +131,8 @@ class ScheduleFree(Update):
         for block in blocks:
             for owner, param in zip(block.owners, block.params, strict=True):
                 if "z" not in state[owner]:
-                    state[owner] |= {"z": param.clone()} | _CHECKPOINTED
+                    z = param.to(self.state_dtype or param.dtype, copy=True)
+                    state[owner] |= {"z": z} | _CHECKPOINTED
                     self._watched.remove(owner)
                     self._y.add(owner)
 
@@ -141,7 +147,7 @@ class ScheduleFree(Update):
             for param in self._y:
                 if param in changed or param in frozen - self._frozen:
                     y, z = _real(param), state[param]["z"]
-                    check_shape(y, z)
+                    check_state(y, z, self.state_dtype)
                     z.copy_(y)
             for param in self._y:
                 if param in changed:
@@ -155,7 +161,7 @@ class ScheduleFree(Update):
         _remove_stateless(self._watched, state)
         for param in self._watched:
             # Every shape is checked before any z changes.
-            check_shape(_real(param), state[param]["z"])
+            check_state(_real(param), state[param]["z"], self.state_dtype)
         changed = self._watched.changed()
         for param in self._watched:
             state[param] |= self._followed(param, state[param], changed, groups)
@@ -187,7 +193,7 @@ class ScheduleFree(Update):
         for param, held, z in _iterates(groups, state):
             if param in self._y and param not in changed:
                 state[param]["y"] = held.clone()
-                held.lerp_(z, 1.0 - 1.0 / beta)
+                _lerp(held, z, 1.0 - 1.0 / beta)
                 self._x.add(param)
         self._x.record()
 
@@ -203,7 +209,7 @@ class ScheduleFree(Update):
                     held.copy_(y)
                 elif self._y.checksum(param) == UNKNOWN:
                     # A distributed checkpoint has no y.
-                    held.lerp_(z, 1.0 - beta)
+                    _lerp(held, z, 1.0 - beta)
         self._x = ChangeDetector()
 
     @torch.no_grad()
@@ -254,11 +260,12 @@ class ScheduleFree(Update):
         old = self._momentum(groups)
         groups[0][MOMENTUM_SCALE] = scale
         new = self._momentum(groups)
-        for _, y, z in _iterates(groups, state):
-            if new > old:
-                y.lerp_(z, 1.0 - new / old)
-            else:
-                z.lerp_(y, 1.0 - new / (1.0 - new) * (1.0 - old) / old)
+        toward_z, toward_y = 1.0 - new / old, 1.0 - new / (1.0 - new) * (1.0 - old) / old
+        for number, (_, *pair) in enumerate(_iterates(groups, state)):
+            target, source = pair if new > old else reversed(pair)
+            stream = f"adapt {groups[0][UPDATES]}.{number}"
+            for _, (targets, sources) in parts(self.state_dtype, stream, [target], [source]):
+                targets[0].lerp_(sources[0], toward_z if new > old else toward_y)
 
     def _move(self, blocks: list[ParamBlock], groups: Groups, state: State, rate: float) -> None:
         """Moves z, x and y, written for z and y with s the step of z and c the weight of z in x.
@@ -268,12 +275,15 @@ class ScheduleFree(Update):
         self.initialize(blocks, state)
         weight = self._newest_weight(groups)
         fraction = 1.0 - self._momentum(groups) * (1.0 - weight)
+        stream = f"move {groups[0][UPDATES]}"
         for block in blocks:
-            z = [state[owner]["z"] for owner in block.owners]
+            fast = [state[owner]["z"] for owner in block.owners]
             step = self.z_step_scale * groups[0][MOMENTUM_SCALE] * rate / block.lr_ratio
-            torch._foreach_lerp_(block.params, z, weight)
-            torch._foreach_add_(block.params, block.direction, alpha=-step * fraction)
-            torch._foreach_add_(z, block.direction, alpha=-step)
+            iterates = block.params, fast, block.direction
+            for _, (y, z, direction) in parts(self.state_dtype, stream, *iterates):
+                torch._foreach_lerp_(y, z, weight)
+                torch._foreach_add_(y, direction, alpha=-step * fraction)
+                torch._foreach_add_(z, direction, alpha=-step)
 
     def _followed(
         self, param: Tensor, own: dict[str, Any], changed: set[Tensor], groups: Groups
@@ -287,17 +297,26 @@ class ScheduleFree(Update):
         if param not in changed:
             return own | {"unchanged_steps": own["unchanged_steps"] + 1}
         y, copy, beta = _real(param), _real(self._watched.copy(param)), self._momentum(groups)
-        check_shape(y, copy)
+        check_state(y, copy, None)
         change = y - copy
         bound = change.abs().mul_(beta / (1.0 - beta))
         shift = change.sub_(torch.clamp(own["z"] - copy, -bound, bound))
-        return own | {"z": own["z"] + shift, "unchanged_steps": 0}
+        z = own["z"].clone()
+        stream = f"follow {groups[0][UPDATES]}"
+        for _, (followed, shifts) in parts(self.state_dtype, stream, [z], [shift]):
+            followed[0].add_(shifts[0])
+        return own | {"z": z, "unchanged_steps": 0}
 
 
 def _remove_stateless(detector: ChangeDetector, state: State) -> None:
     for param in detector:
         if "z" not in state.get(param, ()):
             detector.remove(param)
+
+
+def _lerp(y: Tensor, z: Tensor, weight: float) -> None:
+    dtype = single(y.dtype)
+    y.copy_(y.to(dtype).lerp(z.to(dtype), weight))
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -74,6 +74,11 @@ class ClosureEvaluator:
         if closure is None or loss is None:
             loss, closure = self.recorder.loss(), self.recorder.replay
         if not gradients.gradients_of(params):
+            if not any(param.requires_grad for param in params):
+                raise RuntimeError(
+                    "all parameters of the optimizer are frozen; unfreeze those that are to train, "
+                    "param.requires_grad_(True), or give LQA others"
+                )
             raise RuntimeError(
                 "no parameter of the optimizer has a gradient; compute the loss from the "
                 "parameters given to LQA, and in the two-phase use call loss.backward() before "

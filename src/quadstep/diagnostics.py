@@ -38,6 +38,10 @@ _MESSAGES = {
     "moved": "parameters have changed since the model's forward pass, as by another optimizer that "
     "steps in between, so the loss is evaluated anew at each measurement; put all parameters into "
     "one LQA, or run forward and backward passes for each optimizer",
+    "partial": "the gradients are not those of the loss that the model returned: zero_grad() is "
+    "missing, backward() was called on more than that loss, as on a penalty added to it, or the "
+    "model replaces gradients; compute all of the loss in the model, or wrap the function that "
+    "does, loss_fn = opt.recorded(loss_fn)",
     "unrepeatable": "the closure returned {expected:.6g} and then {repeated:.6g} at the same "
     "parameters and under the same random state, so the measured rates are noise; draw "
     "batches, and numbers from generators of your own, before step() and not in the closure",

@@ -5,6 +5,7 @@ ratios to it, so that one number, measured along all groups together, moves all.
 """
 
 import math
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, Protocol
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from quadstep import tensors
-from quadstep.arguments import check_shape
+from quadstep.arguments import check_state
 from quadstep.line import Line, ParamBlock
+from quadstep.rounding import parts, single
 from quadstep.tensors import Groups
 
 
@@ -23,6 +25,8 @@ class Direction(Protocol):
 
     base: Optimizer | None = None  # the wrapped optimizer, if there is one
     has_weight_decay: ClassVar[bool] = True  # whether groups may have a weight decay
+    state_dtypes: Mapping[str, torch.dtype] = {}  # by key of the state, if not the parameter's
+    keeps_start: bool = True  # whether lines are probed from a copy of the parameters
 
     def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Computes the line of this step, and advances the per-parameter state once.
@@ -46,7 +50,7 @@ class Gradient(Direction):
             # CUDA graphs, whose replays overwrite gradients, exist on accelerators alone.
             if is_kept and not all(part.is_cpu for part in block.direction):
                 block.direction = tensors.copies(block.direction)
-        return Line(blocks)
+        return Line(blocks, keeps_start=self.keeps_start)
 
 
 class RMSNormalized(Direction):
@@ -66,11 +70,16 @@ class RMSNormalized(Direction):
     Args:
         decay: of the running mean square, per step.
         eps: its square is added to the mean square, in units of the gradient's.
+        state_dtype: type of the mean square; the direction is then in single precision at least.
     """
 
-    def __init__(self, decay: float = 0.999, eps: float = 1e-8) -> None:
+    def __init__(
+        self, decay: float = 0.999, eps: float = 1e-8, state_dtype: torch.dtype | None = None
+    ) -> None:
         self.decay = decay
         self.eps = eps
+        self.state_dtype = state_dtype
+        self.state_dtypes = {} if state_dtype is None else {"square_avg": state_dtype}
 
     def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Advances the running mean square, and normalizes, centralizes, clips and decays."""
@@ -82,26 +91,32 @@ class RMSNormalized(Direction):
         for block in blocks:
             if block.weight_decay:
                 torch._foreach_add_(block.direction, block.params, alpha=block.weight_decay)
-        return Line(blocks)
+        return Line(blocks, keeps_start=self.keeps_start)
 
     def _normalize(self, block: ParamBlock, state: Any) -> None:
         states = [state[owner] for owner in block.owners]
         for entry, param in zip(states, block.params, strict=True):
             if "square_avg" not in entry:
                 entry["step"] = 0
-                entry["square_avg"] = torch.zeros_like(param)
-            check_shape(param, entry["square_avg"])
+                entry["square_avg"] = torch.zeros_like(param, dtype=self.state_dtype)
+            check_state(param, entry["square_avg"], self.state_dtype)
         for entry in states:
             entry["step"] += 1
         # A weight that falls from 1 to (1 - decay) keeps the mean unbiased at every step.
         weights = [(1.0 - self.decay) / (1.0 - self.decay ** entry["step"]) for entry in states]
         squares = [entry["square_avg"] for entry in states]
-        torch._foreach_mul_(squares, [1.0 - weight for weight in weights])
-        torch._foreach_addcmul_(squares, block.direction, block.direction, weights)
+        stream = f"square {states[0]['step']}"
+        for part, (means, gradients) in parts(self.state_dtype, stream, squares, block.direction):
+            torch._foreach_mul_(means, [1.0 - weight for weight in weights[part]])
+            torch._foreach_addcmul_(means, gradients, gradients, weights[part])
         # In half precision the square of eps is zero, and so is that of a small gradient.
         floors = [max(self.eps**2, _smallest_subnormal(square.dtype)) for square in squares]
+        if self.state_dtype is None:
+            scales = torch._foreach_add(squares, floors)
+        else:
+            pairs = zip(squares, block.params, floors, strict=True)
+            scales = [s.to(single(p.dtype)) + floor for s, p, floor in pairs]
         # A reciprocal root and a product take one pass through memory less than a quotient.
-        scales = torch._foreach_add(squares, floors)
         torch._foreach_rsqrt_(scales)
         torch._foreach_mul_(scales, block.direction)
         block.direction = list(scales)

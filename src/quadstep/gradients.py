@@ -17,6 +17,7 @@ from quadstep import tensors
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_ARRIVED = "_quadstep_arrived"  # attribute of a gradient: its version at the end of backward
 _USED = "_quadstep_used"  # attribute of a gradient: its version when a step used it
 
 
@@ -52,9 +53,15 @@ def is_modified(gradient: Tensor) -> bool:
     return not hasattr(gradient, _USED) and gradient._version > 0
 
 
-def is_untouched(gradient: Tensor, passes: int) -> bool:
-    """Whether a gradient is as so many backward passes have left it, each of which adds to it."""
-    return not hasattr(gradient, _USED) and gradient._version < passes
+def mark_arrived(gradients: Iterable[Tensor]) -> None:
+    """Marks gradients as a backward pass has left them."""
+    for gradient in gradients:
+        setattr(gradient, _ARRIVED, gradient._version)
+
+
+def is_untouched(gradient: Tensor) -> bool:
+    """Whether a gradient is as backward passes have left it, not clipped or scaled since."""
+    return getattr(gradient, _ARRIVED, 0) == gradient._version
 
 
 def is_zero(gradient: Tensor) -> bool:

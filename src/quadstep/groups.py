@@ -47,6 +47,11 @@ class Strategies(NamedTuple):
             **checkpoint.flatten(self.controller.state_type(), CONTROLLER_STATE),
         }
 
+    @property
+    def state_dtypes(self) -> dict[str, torch.dtype]:
+        """The types of the state of a parameter that are not its own, by key."""
+        return {**self.direction.state_dtypes, **self.update.state_dtypes}
+
     def controller_state(self, scalars: dict[str, Any]) -> Any:
         """The state of the controller, read from the scalars."""
         return checkpoint.unflatten(self.controller.state_type, scalars, CONTROLLER_STATE)
@@ -130,6 +135,13 @@ class GroupOptimizer(Optimizer):
         self._adopt()
         checkpoint.check(state_dict, self._scalars)
         super().load_state_dict(state_dict)
+        # Torch has cast it to the types of the parameters.
+        dtypes = self.strategies.state_dtypes
+        ids = parameters(state_dict["param_groups"]) if dtypes else ()
+        for number, param in zip(ids, parameters(self.param_groups), strict=False):
+            saved = state_dict["state"].get(number, {})
+            for key in dtypes.keys() & saved.keys():
+                self.state[param][key] = saved[key].to(param.device, dtypes[key])
         if (base := self.strategies.direction.base) is not None:
             base.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._adopt()

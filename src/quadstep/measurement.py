@@ -188,6 +188,8 @@ class StepSearch:
         if samples is None:
             return
         state, self.decision = controller.update(state, self.rate, samples)
+        if self.is_recorded and state.slope_check is not None and state.slope_check.fails:
+            self.evaluator.diagnostics.warn("partial")
         self.scalars |= flatten(state, CONTROLLER_STATE) | {DETERMINISM: state.determinism}
         if self.decision.reason is Reason.NON_FINITE and math.isfinite(samples.loss_center):
             self.before.restore()
@@ -252,8 +254,7 @@ class StepSearch:
         before, closure = self.before, self.closure
         if self.is_recorded:
             # A caller who has access to the gradients may have clipped them.
-            passes, found = evaluator.recorder.backward_passes, gradients_of(self.params)
-            gradient_unmodified = all(is_untouched(gradient, passes) for gradient in found)
+            gradient_unmodified = all(map(is_untouched, gradients_of(self.params)))
             before = evaluator.recorder.before or before
         else:
             gradient_unmodified = not (two_phases or evaluator.runs_backward)

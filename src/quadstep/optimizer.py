@@ -57,6 +57,16 @@ class LQA(GroupOptimizer):
             estimate. By default 10 with averaging and 1 without.
         weight_decay: along "rms", decoupled as in AdamW, in units of the rate; groups may have
             their own. By default 0.01.
+        state_dtype: `torch.bfloat16` or `torch.float32`, the type of the optimizer's own state (the
+            mean squares, and the fast iterate of the averaging); by default that of each
+            parameter. Writes in bfloat16 are rounded stochastically, so that small changes count
+            on average; with averaging and a `state_dtype` those of parameters in bfloat16 are,
+            too. Parameters in bfloat16 with `torch.float32` have a state that does not round, and
+            directions in single precision. Loaded states are converted.
+        restore: "copy" returns the parameters from a copy after probes; "subtract" moves them
+            back, also bit for bit, with a copy of the entries alone that rounding would change: a
+            few in a hundred, more where entries are smaller than a move. It takes longer, and what
+            a closure itself does to the parameters in a probe is then not undone.
         process_group: the processes that train together, over which the measured losses are
             averaged. By default all processes; a group of one trains by itself.
         model: the module, or modules, whose calls in the loop return the loss, for loops that call
@@ -94,6 +104,8 @@ class LQA(GroupOptimizer):
         delta0: float | None = None,
         every: int | None = None,
         weight_decay: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        restore: Literal["copy", "subtract"] = "copy",
         process_group: ProcessGroup | None = None,
         model: nn.Module | Iterable[nn.Module] | None = None,
         criterion: nn.Module | None = None,
@@ -108,6 +120,7 @@ class LQA(GroupOptimizer):
         arguments.check_options(direction, averaging, every, delta0)
         normalized = base is None and direction != "sgd"
         averaged = averaging == "schedule-free" or (averaging == "auto" and normalized)
+        arguments.check_memory(state_dtype, restore, normalized or averaged, base is not None)
         if every is None:
             every = 10 if averaged else 1
         if delta0 is None:
@@ -121,14 +134,15 @@ class LQA(GroupOptimizer):
             config = TrustRegionConfig(
                 rule, smoothing=0.99, growth=1.1, growth_decays=False, step_cap=2.0
             )
-        own_direction = RMSNormalized() if normalized else Gradient()
+        own_direction = RMSNormalized(state_dtype=state_dtype) if normalized else Gradient()
         strategies = Strategies(
             own_direction if base is None else OptimizerStep(base),
             TrustRegionController(config),
-            ScheduleFree() if averaged else PlainUpdate(),
+            ScheduleFree(state_dtype=state_dtype) if averaged else PlainUpdate(),
             Schedule(int(every), keeps_losses=averaged),
             process_group,
         )
+        strategies.direction.keeps_start = restore == "copy"
         defaults = {"lr": float(delta0), "weight_decay": weight_decay}
         super().__init__(params, strategies, defaults, ClosureEvaluator(modules, criterion))
         if modules:

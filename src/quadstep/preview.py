@@ -56,7 +56,8 @@ class Preview:
         now = search.evaluator.tracker.capture(search.params)
         blocks = [] if search.line is None else search.line.blocks
         # Views of complex parameters are of the storage that they had.
-        line = Line([replace(block, params=real_views(block.owners)) for block in blocks])
+        blocks = [replace(block, params=real_views(block.owners)) for block in blocks]
+        line = Line(blocks, keeps_start=search.strategies.direction.keeps_start)
         try:
             with search.evaluator.probing(
                 search.closure, search.params, search.scalars, search.before, is_origin=False

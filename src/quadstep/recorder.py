@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from functools import wraps
-from itertools import dropwhile
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils import _pytree as pytree
 
+from quadstep.gradients import gradients_of, mark_arrived
 from quadstep.snapshot import GeneratorStates, ModuleTracker, Snapshot, set_generators
 from quadstep.tensors import full_tensor
 
@@ -193,11 +193,6 @@ class Recorder:
     def has_loss(self) -> bool:
         """Whether a recorded loss was part of a backward pass."""
         return bool(self._losses())
-
-    @property
-    def backward_passes(self) -> int:
-        """The number of backward passes that the losses were part of."""
-        return len({call.backward for call in self._losses()})
 
     @property
     def is_complete(self) -> bool:
@@ -444,6 +439,9 @@ class Recorder:
                 self._calls.append(call)
         gradient = full_tensor(gradient.detach())
         call.weight = gradient if call.weight is None else call.weight + gradient
+        if self.measures and call.backward != task:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(lambda: mark_arrived(gradients_of(self._params)))
         call.backward = task
 
     def _drop_dead(self) -> None:
@@ -592,6 +590,7 @@ def _autocast(states: list[tuple[str, bool, torch.dtype]]) -> ExitStack:
 
 
 def _frames() -> Iterable[FrameType]:
+    """The frames of the callers; to read their locals is to keep them, so only torch's are read."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
@@ -611,7 +610,7 @@ def _is_running(function: Callable[..., Any], calls: int) -> bool:
 
 def _as_compiled(module: nn.Module) -> Callable[..., Any]:
     """A module as the caller runs it: compiled alone, or within a compiled function."""
-    callers = (frame.f_locals.get("self") for frame in _frames())
+    callers = (frame.f_locals.get("self") for frame in _frames() if frame.f_code is _MODULE_CALL)
     modules = (caller for caller in callers if isinstance(caller, nn.Module))
     compiled = (one for one in modules if one._modules.get("_orig_mod") is module)
     if (found := next(compiled, None)) is not None:
@@ -628,6 +627,9 @@ def _is_compiled(modules: list[nn.Module]) -> bool:
 
 
 def _is_called_by_compiler() -> bool:
-    # The frames of the hook itself come from the compiler, too.
-    outer = dropwhile(lambda frame: frame.f_code is not _MODULE_CALL, _frames())
-    return any(frame.f_code.co_filename.endswith("_dynamo/eval_frame.py") for frame in outer)
+    """Whether a compiled function runs; functions that it leaves out have other frames there."""
+    return any(
+        frame.f_code.co_filename.endswith("_dynamo/eval_frame.py")
+        and (frame.f_code.co_name == "compile_wrapper" or frame.f_locals.get("callback"))
+        for frame in _frames()
+    )

@@ -201,11 +201,10 @@ class ModuleTracker:
         ]
 
     def note_gradients(self, params: Iterable[Tensor]) -> None:
-        """Looks again in the next step where a parameter has its first gradient."""
+        """Looks during the rest of the step where a parameter has its first gradient."""
         reached = {id(param) for param in params if param.grad is not None}
         if not reached <= self._reached:
-            if self._reached:
-                self.look_again()
+            self._is_tracking = self._is_tracking or bool(self._reached)
             self._reached |= reached
 
     def look_again(self) -> None:

@@ -110,6 +110,11 @@ class SlopeCheck:
         return self.checks >= self.INITIAL_CHECKS and self.mean_difference <= self.TOLERANCE
 
     @property
+    def fails(self) -> bool:
+        """Whether the gradient is clearly not that of the losses."""
+        return self.checks >= self.INITIAL_CHECKS and self.mean_difference > 2.0 * self.TOLERANCE
+
+    @property
     def due(self) -> bool:
         """Whether the next measurement takes two probes."""
         failed = not self.passes or self.last_difference > self.TOLERANCE

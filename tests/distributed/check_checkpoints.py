@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from problems import identical
+from problems import classification, identical
 from ranks import (
     STEPS,
     THREE,
+    agree,
     begun,
     full,
     gathered,
@@ -25,6 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.nn.parallel import DistributedDataParallel
+
+from quadstep import LQA
 
 MOVED = ("lqa(adamw)", "lqa-auto")
 
@@ -51,6 +54,32 @@ def check_checkpoints_resume_bit_for_bit(folder):
         save(path, model, opt)
         train_on_shares(opt, model, task, range(13, STEPS), *data)
         _, resumed, other = begun(name, parallelise)
+        load(path, resumed, other)
+        train_on_shares(other, resumed, task, range(13, STEPS), *data)
+        assert identical(full(resumed), full(model))
+        assert other.report == opt.report
+
+
+def check_state_of_low_precision_is_equal_on_all_ranks(folder):
+    """With parameters and state rounded stochastically, and probes without copies."""
+
+    def begin(parallelise):
+        task = classification(dtype=torch.bfloat16)
+        model = parallelise(task.model)
+        own = {"state_dtype": torch.bfloat16, "restore": "subtract"}
+        return task, model, LQA(task.model.parameters(), delta0=0.03, **own)
+
+    for parallelise in (DistributedDataParallel, sharded, split):
+        data = (1, 0) if parallelise is split else (None, None)
+        task, model, opt = begin(parallelise)
+        train_on_shares(opt, model, task, range(13), *data)
+        assert {own["z"].dtype for own in opt.state.values()} == {torch.bfloat16}
+        agree([param.tolist() for param in full(model)])
+        path = folder / f"low-{size()}-{parallelise.__name__}"
+        save(path, model, opt)
+        rates = train_on_shares(opt, model, task, range(13, STEPS), *data)
+        agree((rates, [param.tolist() for param in full(model)]))
+        _, resumed, other = begin(parallelise)
         load(path, resumed, other)
         train_on_shares(other, resumed, task, range(13, STEPS), *data)
         assert identical(full(resumed), full(model))

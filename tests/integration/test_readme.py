@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,29 @@ def test_the_costs_of_the_benchmarks_page_are_those_recorded():
     for label, record in COST_RECORDS.items():
         ratios = costs(record, "lqa-auto")
         assert shown[label] == [ratios.get(model, "") for model in MODELS]
+
+
+def test_the_memory_of_the_page_to_choose_is_that_recorded():
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    recorded = (RESULTS / "MEMORY.md").read_text()
+    assert table(page, "## Memory") == table(recorded, "# Memory")
+    rows = json.loads((RESULTS / "bench" / "memory.json").read_text())["losses"]
+
+    def medians(parameters: str, state_dtype: str | None) -> list[float]:
+        losses: dict[str, list[float]] = {}
+        for row in rows:
+            if (row["parameters"], row["state_dtype"]) == (parameters, state_dtype):
+                losses.setdefault(row["task"], []).append(row["loss"])
+        return [statistics.median(of_task) for of_task in losses.values()]
+
+    for parameters, state_dtype in [
+        ("float32", "bfloat16"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+    ]:
+        pairs = zip(medians(parameters, state_dtype), medians(parameters, None), strict=True)
+        first, second, third = (f"{low / high:.2f}" for low, high in pairs)
+        assert f"{first}, {second} and {third} times" in " ".join(page.split())
 
 
 def test_it_links_to_nothing_that_pypi_does_not_have():

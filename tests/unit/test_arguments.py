@@ -155,6 +155,40 @@ class TestErrors:
                 )
                 for every in (0, 1.5, math.inf, math.nan, "3")
             ),
+            *(
+                (
+                    lambda p, dtype=dtype: LQA(p, state_dtype=dtype),
+                    ValueError,
+                    f"state_dtype must be torch.float32 or torch.bfloat16, got {dtype!r}; leave it "
+                    "out to keep the state in the type of each parameter",
+                )
+                for dtype in (torch.float16, torch.int8, "bfloat16")
+            ),
+            *(
+                (
+                    lambda p, make=make: make(p, state_dtype=torch.bfloat16),
+                    ValueError,
+                    "state_dtype is the type of LQA's own state, of which there is none without "
+                    'averaging around an optimizer or along "sgd", got '
+                    "state_dtype=torch.bfloat16; leave it out, or pass "
+                    'averaging="schedule-free"',
+                )
+                for make in (
+                    lambda p, **own: LQA(p, direction="sgd", **own),
+                    lambda p, **own: LQA(torch.optim.AdamW(p), **own),
+                )
+            ),
+            (
+                lambda p: LQA(torch.optim.AdamW(p), restore="subtract"),
+                ValueError,
+                'restore="subtract" saves nothing around an optimizer, whose own step is found '
+                "from a copy of the parameters; leave it out",
+            ),
+            (
+                lambda p: LQA(p, restore="snapshot"),
+                ValueError,
+                'restore must be "copy" or "subtract", got \'snapshot\'',
+            ),
             (
                 lambda p: LQA(p, delta0=-1.0),
                 ValueError,

@@ -88,7 +88,7 @@ class TestErrors:
         task = classification()
         opt = LQA(task.model.parameters())
         opt.eval()
-        with pytest.raises(RuntimeError, match=r"call opt.train\(\) first"):
+        with pytest.raises(RuntimeError, match=r"or call opt.train"):
             opt.step(task.closure())
 
     def test_two_phases_with_a_number(self):

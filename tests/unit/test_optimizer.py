@@ -402,7 +402,7 @@ class TestGroupsThatChangePlaces:
         gone = opt.param_groups.pop(0)
         opt.eval()
         opt.param_groups.insert(0, gone)
-        with pytest.raises(RuntimeError, match=r"call opt\.train\(\) first"):
+        with pytest.raises(RuntimeError, match=r"or call opt.train"):
             opt.step(task.closure())
         opt.train()
         opt.step(task.closure())

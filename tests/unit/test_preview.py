@@ -116,7 +116,7 @@ def test_it_is_refused_in_eval_mode():
     task = classification()
     opt = LQA(task.model.parameters())
     opt.eval()
-    with pytest.raises(RuntimeError, match=r"call opt\.train\(\) first"):
+    with pytest.raises(RuntimeError, match=r"or call opt.train"):
         opt.preview(task.closure())
 
 

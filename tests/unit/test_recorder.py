@@ -491,6 +491,7 @@ class TestRecords:
         for x, y in batches(12):
             kept = weakref.ref(x)
             loss = model(x, y)
+            opt.zero_grad()
             loss.backward()
             opt.step()
             del x
@@ -702,6 +703,46 @@ class TestWarnings:
         for x, y in given[1:]:
             step(x, y)
         assert opt.report.counts.get(Reason.HELD, 0) < 20
+
+    def test_penalty_outside_of_the_model(self):
+        model, opt = build()
+
+        def train(given):
+            for x, y in given:
+                opt.zero_grad()
+                (model(x, y) + sum(p.square().sum() for p in model.parameters())).backward()
+                opt.step()
+
+        with pytest.warns(UserWarning, match="the gradients are not those of the loss"):
+            train(batches(100))
+        train(batches(100))
+
+    def test_forgotten_zero_grad(self):
+        model, opt = build()
+
+        def train(given):
+            for x, y in given:
+                model(x, y).backward()
+                opt.step()
+
+        with pytest.warns(UserWarning, match=r"zero_grad\(\) is missing"):
+            train(batches(100))
+
+    def test_shared_weights_are_no_penalty(self):
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = nn.Linear(8, 8)
+                self.head = nn.Linear(8, 3)
+
+            def forward(self, x, y):
+                return functional.cross_entropy(self.head(self.net(torch.tanh(self.net(x)))), y)
+
+        model, opt = build(kind=Tied)
+        other, reference = build(kind=Tied, model=None)
+        assert identical(
+            run(model, opt, batches(60)), run_with_closure(other, reference, batches(60))
+        )
 
     def test_unrepeatable_model(self):
         class Counting(Classifier):

@@ -101,6 +101,7 @@ def test_buffers_are_found_in_whatever_runs_first_and_restored_in_place():
 
     model = nn.Sequential(nn.BatchNorm1d(2), Replacing())
     tracker = ModuleTracker()
+    tracker.start_step()
     first = tracker.capture(None)
     with tracker.tracking(first, ()):
         model(torch.randn(4, 2))

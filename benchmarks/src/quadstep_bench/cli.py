@@ -197,6 +197,18 @@ def restore(rounds: RoundsOption = 15, out: OutOption = OUT, runs: RunsOption = 
 
 
 @app.command()
+def memory(
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs of each setting.")] = 3,
+    out: OutOption = OUT,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Measures the memory of a step beside AdamW's, and what low precision does to training."""
+    from quadstep_bench import memory
+
+    print(memory.measure(Results(out, runs), Console(), seeds=seeds))
+
+
+@app.command()
 def suite(
     data: DataOption = None,
     tasks: NamesOption = None,

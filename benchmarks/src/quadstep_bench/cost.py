@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from quadstep import LQA, Reason
+from quadstep.line import Displacement
+from quadstep.rounding import chunks
 from quadstep_bench.curves import Array
 from quadstep_bench.optimizers import BASES, CONFIGURATIONS, builders
 from quadstep_bench.runner import training
@@ -256,7 +258,7 @@ def _memory(name: str, model: nn.Module) -> list[Row]:
         optimizer.zero_grad()
         loss = closure()
         loss.backward()
-        with _Storages() as storages:
+        with Storages() as storages:
             if isinstance(optimizer, LQA):
                 optimizer.step(closure, loss=loss)
                 step = "held" if optimizer.report.reason is Reason.HELD else "measuring"
@@ -266,14 +268,14 @@ def _memory(name: str, model: nn.Module) -> list[Row]:
         transient[step] = storages.peak
     states: Iterable[Mapping[str, Any]] = optimizer.state.values()
     state = [value for own in states for value in own.values() if isinstance(value, Tensor)]
-    copies = _size(params)
+    copies = size_of(params)
     return [
-        {"step": step, "state": _size(state) / copies, "transient": transient[step] / copies}
+        {"step": step, "state": size_of(state) / copies, "transient": transient[step] / copies}
         for step in transient
     ]
 
 
-class _Storages(TorchDispatchMode):
+class Storages(TorchDispatchMode):
     """Follows what the tensors that are made meanwhile take up.
 
     Attributes:
@@ -303,7 +305,8 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _size(tensors: Iterable[Tensor]) -> int:
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Sums the bytes of tensors."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
@@ -349,13 +352,35 @@ class Subtraction:
         self.move(0.0)
 
 
+class Compensation(Subtraction):
+    """The same, with the entries kept that this would not return, as `restore="subtract"` does."""
+
+    def __init__(self, params: list[Tensor], direction: list[Tensor]) -> None:
+        super().__init__(params, direction)
+        self._displacements: list[Displacement] = []
+
+    def move(self, rate: float) -> None:
+        """Takes the parameters to a rate, by way of the start."""
+        while self._displacements:
+            self._displacements.pop().undo()
+        for tensors in zip(self.params, self.direction, strict=True) if rate else ():
+            for param, direction in zip(*map(chunks, tensors), strict=True):
+                displacement = Displacement(param, direction, -rate)
+                displacement.move()
+                self._displacements.append(displacement)
+
+
 Method = Callable[[list[Tensor], list[Tensor]], Snapshot | Subtraction]
 
-METHODS: dict[str, Method] = {"snapshot": Snapshot, "subtraction": Subtraction}
+METHODS: dict[str, Method] = {
+    "snapshot": Snapshot,
+    "subtraction": Subtraction,
+    "compensation": Compensation,
+}
 
 
 def measure_restore(results: Results, console: Console, *, rounds: int) -> Path:
-    """Measures what it takes to return from probes by a snapshot, and by subtraction.
+    """Measures what it takes to return from probes: a snapshot, subtraction, compensated too.
 
     Args:
         results: The folder for `bench/restore.json`.
@@ -398,7 +423,7 @@ def _returns(name: str, dtype: torch.dtype, rounds: int, console: Console) -> li
         {"method": method}
         | _compare(seconds[method], seconds["subtraction"])
         | {"probes_ms": _milliseconds(seconds[method])}
-        | {"memory": _peak(METHODS[method], params, direction) / _size(params)}
+        | {"memory": _peak(METHODS[method], params, direction) / size_of(params)}
         | _drift(METHODS[method], params)
         for method in METHODS
     ]
@@ -420,7 +445,7 @@ def _time_probes(method: Method, params: list[Tensor], direction: list[Tensor]) 
 
 
 def _peak(method: Method, params: list[Tensor], direction: list[Tensor]) -> int:
-    with _Storages() as storages:
+    with Storages() as storages:
         _probe(method(params, direction))
     return storages.peak
 

@@ -14,7 +14,7 @@ from quadstep_bench.markdown import format_table
 from quadstep_bench.optimizers import BASES, COMPETITORS, LQA_SETTINGS
 from quadstep_bench.paper import claims
 from quadstep_bench.runner.environment import SOURCES, Environment
-from quadstep_bench.runner.files import read_json, read_rows
+from quadstep_bench.runner.files import read_json, read_rows, write_text
 from quadstep_bench.runner.records import Record, Results
 
 PROVENANCE = "\n## Provenance\n"
@@ -57,6 +57,7 @@ def write(results: Results, out: Path) -> Report:
         *claims.write(evidence, verdicts, out, provenance(of_paper)),
         *suite.write(outcomes, out, provenance(_trained(runs))),
         *figures.draw(evidence.records, out / "figures"),
+        *_write_memory(results, out),
     ]
     if outcomes:
         files += figures.draw_suite(outcomes, out / "figures")
@@ -95,6 +96,46 @@ def _without_present(text: str) -> str:
     body, _, provenance = text.partition(PROVENANCE)
     rows = [line.replace(" (present)", "") for line in provenance.splitlines() if line[:1] == "|"]
     return "\n".join([body, *sorted(rows)])
+
+
+def _write_memory(results: Results, out: Path) -> list[Path]:
+    """Writes the tables of `quadstep-bench memory`, if it was run."""
+    record, page = results.root / "bench" / "memory.json", out / "MEMORY.md"
+    if not record.exists():
+        return []
+    measured = read_json(record)
+    peaks = {(row["setting"], row["sequences"]): row for row in measured["peaks"]}
+    settings, sizes = map(dict.fromkeys, zip(*peaks, strict=True))
+    shown = [
+        [f"`{name}`", *(f"{peaks[name, size]['peak']:.2f}" for size in sizes)] for name in settings
+    ]
+    losses: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in measured["losses"]:
+        state = f", state_dtype {row['state_dtype']}" if row["state_dtype"] else ""
+        losses[row["task"]][row["parameters"] + state].append(row["loss"])
+    dtypes = list(dict.fromkeys(key for task in losses.values() for key in task))
+    medians = [
+        [task, *(f"{np.median(of_task[dtype]):.2g}" for dtype in dtypes)]
+        for task, of_task in losses.items()
+    ]
+    seeds = len({row["seed"] for row in measured["losses"]})
+    environment = results.environments()[measured["environment"]]
+    lines = [
+        "# Memory",
+        "",
+        "Written by `quadstep-bench report` from `bench/memory.json`. The peak of a training step "
+        f"of a transformer with {measured['parameters'] / 1e6:.1f} million parameters, everything "
+        "included, in copies of the parameters:",
+        "",
+        *format_table(["setting", *(f"sequences: {size}" for size in sizes)], shown),
+        "",
+        f"Final training losses, medians of {seeds} seeds, by the type of the parameters:",
+        "",
+        *format_table(["task", *dtypes], medians),
+        "",
+    ]
+    write_text("\n".join(lines) + provenance([("cost measurements", [environment])]), page)
+    return [page]
 
 
 # Provenance ---------------------------------------------------------------------------------------

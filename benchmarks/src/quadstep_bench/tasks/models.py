@@ -170,10 +170,12 @@ def _convolution(inputs: int, outputs: int, size: int, stride: int) -> nn.Module
     )
 
 
-def transformer(shape: Shape = (CONTEXT,)) -> nn.Module:
+def transformer(
+    shape: Shape = (CONTEXT,), *, width: int = 128, heads: int = 4, layers: int = 3
+) -> nn.Module:
     """Builds a small transformer that predicts each next character from those before it."""
     (context,) = shape
-    return _Transformer(context, width=128, heads=4, layers=3)
+    return _Transformer(context, width, heads, layers)
 
 
 class _Transformer(nn.Module):
