@@ -316,11 +316,11 @@ class Recorder:
             "or wrap the function that computes the loss, loss_fn = opt.recorded(loss_fn), or pass "
             "a closure, opt.step(closure)"
         )
-        if not self._calls:
+        if not any(call.function is not self.criterion for call in self._calls):
             return (
                 f"step() without a closure found no call of the model ({names}) with gradients "
                 "enabled since the last step; call the object that was given as model=, not its "
-                f"forward() or a copy, {otherwise}"
+                f"forward() or a copy, give the compiled module if there is one, {otherwise}"
             )
         if any(call.depends for call in self._needed()):
             return (

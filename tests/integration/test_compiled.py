@@ -1,18 +1,19 @@
 """torch.compile around models, losses and steps; threads."""
 
 import copy
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
-from problems import classification, identical, values
+from problems import classification, identical, noisy_classification, values
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 from training import backward_of, step_in_two_phases, train
 
-from quadstep import LQA
+from quadstep import LQA, Reason
 
 EAGER = partial(torch.compile, backend="eager")
 
@@ -112,3 +113,41 @@ def test_threads_train_side_by_side():
     frames = CompileCounter()
     torch.compile(alone.model, backend=frames)(alone.inputs)
     assert frames.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("kind", ["closure", "given", "within", "in place", "part", "train step"])
+def test_recorded_calls_of_compiled_models(kind):
+    """Compiled dropout draws other masks than eager one: probes must not mix the two."""
+    torch.compiler.reset()
+    task = noisy_classification()
+    model, criterion = task.model, nn.CrossEntropyLoss()
+    called = torch.compile(model) if kind in ("closure", "given", "within") else model
+    if kind == "in place":
+        model.compile()
+    if kind == "part":
+        model[3].compile()
+    recorded = {"model": called if kind == "given" else model, "criterion": criterion}
+    opt = LQA(model.parameters(), **({} if kind == "closure" else recorded))
+    samples = []
+
+    def step(x, y):
+        opt.zero_grad()
+        criterion(called(x), y).backward()
+        opt.step()
+
+    train_step = torch.compile(step) if kind == "train step" else step
+    torch.manual_seed(0)
+    for number in range(40):
+        rows = torch.arange(number * 32, number * 32 + 32) % 256
+        if kind == "closure":
+            opt.step(lambda rows=rows: criterion(called(task.inputs[rows]), task.labels[rows]))
+        else:
+            train_step(task.inputs[rows], task.labels[rows])
+        samples.append(opt.report)
+    # Under other masks the slope that the gradient gives is not that of the losses.
+    assert all(report.reason in (Reason.GROWN, Reason.HELD, Reason.NOISE) for report in samples)
+    assert samples[-1].forwards <= 2

@@ -197,6 +197,19 @@ def test_the_memory_of_the_page_to_choose_is_that_recorded():
         assert f"{first}, {second} and {third} times" in " ".join(page.split())
 
 
+def test_the_ways_to_return_from_probes_are_those_recorded():
+    rows = json.loads((RESULTS / "bench" / "restore.json").read_text())["rows"]
+    found = {(row["method"], row["dtype"]): row for row in rows if row["model"] == "mlp"}
+    types = ("float32", "bfloat16")
+    assert table(COSTS, "## Snapshot or subtraction") == {
+        method: [
+            *(f"{found[method, dtype]['ratio']:.1f}" for dtype in types),
+            *(f"{found[method, dtype]['memory']:.2f}" for dtype in types),
+        ]
+        for method in ("snapshot", "subtraction", "compensation")
+    }
+
+
 def test_it_links_to_nothing_that_pypi_does_not_have():
     targets = re.findall(r"\]\(([^)]+)\)|^\[\w+\]: (\S+)", README, re.MULTILINE)
     links = [inline or reference for inline, reference in targets]
