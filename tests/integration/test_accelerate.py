@@ -95,6 +95,18 @@ def test_accumulated_steps_are_those_of_full_batches():
     assert opt.rate == pytest.approx(reference.rate, rel=1e-7)
 
 
+def test_warns_of_the_callers_scheduler():
+    model, loss_fn = model_and_loss()
+    opt = LQA(model.parameters(), model=model, criterion=loss_fn)
+    accelerator = accelerator_of()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    net, optimizer, schedule = accelerator.prepare(model, opt, schedule)
+    train(accelerator, net, loss_fn, optimizer, batches()[:2])
+    schedule.step()
+    with pytest.warns(UserWarning, match="lr was set to"):
+        train(accelerator, net, loss_fn, optimizer, batches()[2:4])
+
+
 @pytest.mark.parametrize("evaluating", [False, True])
 def test_a_saved_state_resumes_bit_for_bit(evaluating, tmp_path):
     """Also one that was saved while the averaged weights were shown."""
