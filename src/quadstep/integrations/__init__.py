@@ -1,0 +1,1 @@
+"""Callbacks for training frameworks: one module a framework, which imports that framework."""
