@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -71,6 +72,9 @@ class ClosureEvaluator:
             loss = self._evaluate(closure, params, before)
             if (loss is None or self.runs_backward) and self.recorder.has_loss:
                 closure = None
+        if loss is None and closure is not None and not gradients.gradients_of(params):
+            # A framework has skipped the batch: nothing moves, as at a loss that is not finite.
+            return torch.tensor(math.nan), closure
         if closure is None or loss is None:
             loss, closure = self.recorder.loss(), self.recorder.replay
         if not gradients.gradients_of(params):
@@ -91,7 +95,8 @@ class ClosureEvaluator:
     def _evaluate(self, closure: Closure, params: list[Tensor], before: Snapshot) -> Tensor | None:
         """Evaluates the closure, and runs backward unless it does.
 
-        Frameworks that run backward before `step` give it a closure that returns None.
+        Frameworks that run backward before `step`, or skip a batch, give it a closure that returns
+        None.
 
         Gradients that the caller has accumulated are left for a closure that runs backward, to
         clear or to add to.
@@ -104,7 +109,7 @@ class ClosureEvaluator:
             gradients.clear_gradients(params)
         with torch.enable_grad(), self.tracker.tracking(before, params):
             returned: Any = closure()
-        if returned is None and self.recorder.has_loss:
+        if returned is None and self.recorder.is_active:
             return None
         check_loss(returned, "closure")
         loss = cast(Tensor, returned)

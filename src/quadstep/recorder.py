@@ -122,7 +122,7 @@ class Recorder:
         self._stack: list[tuple[Callable[..., Any], Call | None]] = []
         self._calls: list[Call] = []
         self._params: list[Tensor] = []
-        self._versions: list[int] = []
+        self._versions: list[tuple[Tensor, int]] = []
         self._is_replaying = False
         self._scale = 1.0  # of the gradients in the backward passes
         self._owners: list[nn.Module] = []
@@ -224,8 +224,11 @@ class Recorder:
 
     @property
     def parameters_changed(self) -> bool:
-        """Whether a parameter of the modules was written to after the first call began."""
-        return self._versions != self._parameter_versions()
+        """Whether a parameter that trains was written to after the first call began.
+
+        Forward passes themselves write to others, as to the running means of Keras.
+        """
+        return any(param._version != version for param, version in self._versions)
 
     def loss(self) -> Tensor:
         """The function that the gradients are of: the losses times what backward was called with.
@@ -455,9 +458,10 @@ class Recorder:
             )
         )
 
-    def _parameter_versions(self) -> list[int]:
-        params = (param for owner in self._owners for param in owner.parameters())
-        return [param._version for param in params if not param.is_inference()]
+    def _parameter_versions(self) -> list[tuple[Tensor, int]]:
+        params = {param for owner in self._owners for param in owner.parameters()}
+        trained = (param for param in params if param.requires_grad and not param.is_inference())
+        return [(param, param._version) for param in trained]
 
 
 def loss_of(output: Any) -> Tensor | None:

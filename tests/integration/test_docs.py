@@ -46,6 +46,7 @@ def is_trained(optimizer: LQA, accuracy: torch.Tensor) -> bool:
 
 @pytest.mark.filterwarnings("ignore::Warning:lightning")
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 @pytest.mark.usefixtures("offline")
 def test_the_code_blocks_of_a_page_run(page, subtests):

@@ -35,3 +35,8 @@ def test_live(tmp_path):
     line = r"epoch  4  loss \d\.\d+  rate \d\.\d+e-\d+  \w+ +forward passes a step 1\.\d+"
     assert re.search(line, printed)
     assert max(map(len, printed.splitlines())) < 80
+
+
+def test_torch_loop(tmp_path):
+    printed = run("torch_loop.py", cwd=tmp_path)
+    assert float(re.findall(r"accuracy (\d\.\d+)", printed)[-1]) > 0.9

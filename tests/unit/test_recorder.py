@@ -704,6 +704,29 @@ class TestWarnings:
             step(x, y)
         assert opt.report.counts.get(Reason.HELD, 0) < 20
 
+    def test_parameters_that_the_forward_pass_writes_to(self):
+        """They do not train, as those of a momentum encoder; no other optimizer is suspected."""
+
+        class Momentum(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.key = nn.Parameter(self.net[0].weight.detach().clone(), requires_grad=False)
+
+            def forward(self, x, y):
+                if torch.is_grad_enabled():
+                    with torch.no_grad():
+                        self.key.lerp_(self.net[0].weight, 0.1)
+                return super().forward(x, y)
+
+        torch.manual_seed(0)
+        model = Momentum()
+        trained = [param for param in model.parameters() if param.requires_grad]
+        opt = LQA(trained, model=model, every=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(model, opt, batches(3))
+        assert opt.report.forwards == 2
+
     def test_penalty_outside_of_the_model(self):
         model, opt = build()
 
