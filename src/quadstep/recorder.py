@@ -63,7 +63,7 @@ class Call:
         default_factory=list[tuple[str, bool, torch.dtype]]
     )
     depends: bool = False  # whether an argument depends on the parameters, but is no `_Link`
-    output: Any = None  # the type of what it returned
+    output: tuple[type, Any] | None = None  # type and shape of what it returned without a loss
     loss: Tensor | None = None  # its value, detached
     weight: Tensor | None = None  # the gradient that has reached the loss
     backward: int = -1  # the number of the backward pass that it came from
@@ -207,7 +207,7 @@ class Recorder:
         calls = self._losses()
         if len(calls) < 2 or not self.is_complete or self.arguments_changed:
             return False
-        if any(call.depends for call in self._needed()):
+        if self._is_computed_outside:
             return False
         given, last, total = (
             float(value) for value in (loss, _single(calls[-1].loss), self.loss())
@@ -237,8 +237,11 @@ class Recorder:
             RuntimeError: no call was recorded, or none with a loss that backward was called on.
         """
         calls = self._losses()
-        if not calls or any(call.depends for call in self._needed()):
+        if not calls or self._is_computed_outside:
             raise RuntimeError(self._reason())
+        (first, *others), self._scale = calls, 1.0
+        if not others and _is_one(first.weight) and first.loss is not None:
+            return first.loss
         self._scale = _gradient_scale()
         return self._sum(calls, [call.loss for call in calls])
 
@@ -294,6 +297,11 @@ class Recorder:
         linked = {leaf.call for call in self._calls for leaf in _links(call)}
         return [call for call in self._calls if call.weight is not None and call not in linked]
 
+    @property
+    def _is_computed_outside(self) -> bool:
+        """Whether code between the calls has made an argument, which cannot be repeated."""
+        return self.measures and any(call.depends for call in self._needed())
+
     def _needed(self) -> list[Call]:
         """The calls that the losses were computed by, in their order."""
         pending, needed = self._losses(), set[Call]()
@@ -325,7 +333,7 @@ class Recorder:
                 "enabled since the last step; call the object that was given as model=, not its "
                 f"forward() or a copy, give the compiled module if there is one, {otherwise}"
             )
-        if any(call.depends for call in self._needed()):
+        if self._is_computed_outside:
             return (
                 "the criterion or a module was given a tensor that was computed from what the "
                 "model returned, and LQA cannot repeat what happened in between; "
@@ -342,8 +350,10 @@ class Recorder:
                 f"criterion ({type(self.criterion).__name__}) was not called with what the model "
                 f"returned; call the object that was given as criterion=, {otherwise}"
             )
+        kind, shape = self._calls[-1].output or (type(None), None)
+        returned = kind.__name__ if shape is None else f"a tensor of shape {tuple(shape)}"
         return (
-            f"the model ({names}) returned {self._calls[-1].output}, in which there is no loss: a "
+            f"the model ({names}) returned {returned}, in which there is no loss: a "
             'scalar tensor, .loss, ["loss"] or the first element of a tuple; give the loss module '
             f"that the loop calls, LQA(..., criterion=criterion), {otherwise}"
         )
@@ -378,22 +388,25 @@ class Recorder:
         _, call = self._stack.pop()
         if call is None or output is None:
             return
-        call.output = _describe(output)
-        self._drop_dead()
+        if self._calls:
+            self._drop_dead()
         self._calls.append(call)
         if not self.is_active:
             return
-        if self.criterion is None or call.function not in self.modules:
-            loss = loss_of(output)
+        is_loss = self.criterion is None or call.function not in self.modules
+        loss = loss_of(output) if is_loss else None
+        if loss is None:
+            call.output = type(output), getattr(output, "shape", None)
+        else:
             # Some loops scale the loss in place.
-            call.loss = None if loss is None else full_tensor(loss.detach()).clone()
-            if loss is not None and loss.requires_grad:
+            call.loss = full_tensor(loss.detach()).clone()
+        if loss is not None and loss.requires_grad:
 
-                def weigh(gradient: Tensor) -> None:
-                    self._weigh(call, gradient)
+            def weigh(gradient: Tensor) -> None:
+                self._weigh(call, gradient)
 
-                cast(Any, loss).register_hook(weigh)
-                call.graph.append(weakref.ref(weigh))
+            cast(Any, loss).register_hook(weigh)
+            call.graph.append(weakref.ref(weigh))
         if call.generators is not None:
             for number, leaf in enumerate(pytree.tree_leaves(output)):
                 if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
@@ -489,6 +502,11 @@ def _single(value: Any) -> Tensor:
     return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
 
 
+def _is_one(weight: Tensor | None) -> bool:
+    """Whether backward was called on the loss itself, where reading that is free."""
+    return weight is not None and weight.is_cpu and weight.item() == 1.0
+
+
 def _gradient_scale() -> float:
     """The scale of the `GradScaler` that calls `step`, after it has unscaled the gradients."""
     for frame in _frames():
@@ -545,12 +563,6 @@ def _link(tensor: Tensor) -> _Link | None:
 
 def _origin(node: Any, output: int) -> _Origin | None:
     return None if node is None else node.metadata.get((_Origin.KEY, output))
-
-
-def _describe(output: Any) -> str:
-    if isinstance(output, Tensor):
-        return f"a tensor of shape {tuple(output.shape)}"
-    return type(output).__name__
 
 
 def _tensors(value: Any) -> list[Tensor]:
