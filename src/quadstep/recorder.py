@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from quadstep.gradients import gradients_of, mark_arrived
@@ -59,7 +60,7 @@ class Call:
     arguments: list[Any] = field(default_factory=list[Any])  # the leaves of both kinds of them
     structure: Any = None
     versions: list[tuple[Tensor, int]] = field(default_factory=list[tuple[Tensor, int]])
-    parameter_versions: list[int] = field(default_factory=list[int])  # of the module's, before it
+    parameter_versions: list[int | None] = field(default_factory=list[int | None])  # before it
     autocast: list[tuple[str, bool, torch.dtype]] = field(
         default_factory=list[tuple[str, bool, torch.dtype]]
     )
@@ -239,8 +240,11 @@ class Recorder:
     def parameters_changed(self) -> bool:
         """Whether a parameter of a called module was written to after its call began."""
         return any(
-            call.parameter_versions != self._parameter_versions(call.function)
+            old not in (None, new)
             for call in self._needed()
+            for old, new in zip(
+                call.parameter_versions, self._parameter_versions(call.function), strict=False
+            )
         )
 
     @property
@@ -531,10 +535,14 @@ class Recorder:
             or any(reference() is not None for reference in call.graph)
         ]
 
-    def _parameter_versions(self, function: Callable[..., Any]) -> list[int]:
+    def _parameter_versions(self, function: Callable[..., Any]) -> list[int | None]:
+        """None where a parameter has no values yet, or counts no versions."""
         owners = [function] if isinstance(function, nn.Module) else self._owners
-        params = (param for owner in owners for param in owner.parameters())
-        return [param._version for param in params if not param.is_inference()]
+        return [
+            None if is_lazy(param) or param.is_inference() else param._version
+            for owner in owners
+            for param in owner.parameters()
+        ]
 
 
 def loss_of(output: Any) -> Tensor | None:
@@ -557,9 +565,13 @@ def _parts(function: Callable[..., Any]) -> set[nn.Module] | None:
 
 
 def _is_within_torch() -> bool:
-    """Whether a transform of functions calls, or a checkpoint that computes again in backward."""
+    """Whether a transform of functions calls, or a checkpoint that computes again in backward.
+
+    Or the tracer of an export.
+    """
     transform = _UNTYPED._functorch.peek_interpreter_stack() is not None
-    return transform or torch._C._current_graph_task_id() != -1
+    is_tracing = _UNTYPED._get_tracing_state() is not None
+    return transform or is_tracing or torch._C._current_graph_task_id() != -1
 
 
 def _single(value: Any) -> Tensor:

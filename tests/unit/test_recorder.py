@@ -765,6 +765,28 @@ class TestRecords:
             assert opt.step() == loss
         assert Reason.CONCAVE not in opt.report.counts
 
+    def test_parameters_without_values_yet(self):
+        class Lazy(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.net = nn.Sequential(nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+
+        model, opt = build(kind=Lazy)
+        other, reference = build(kind=Lazy, model=None)
+        ended = run(model, opt, batches(10))
+        assert identical(ended, run_with_closure(other, reference, batches(10)))
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    def test_a_traced_export(self):
+        model, opt = build()
+        model.eval()
+        ((x, y),) = batches(1)
+        traced = torch.jit.trace(model, (x, y))
+        assert torch.equal(traced(x, y), model(x, y))
+        loss = model(x, y)
+        loss.backward()
+        assert opt.step() == loss
+
     def test_evaluation_in_another_thread(self):
         class Waiting(Classifier):
             def forward(self, x, y):
