@@ -270,7 +270,8 @@ class LQA(GroupOptimizer):
         reason = search.decision.reason
         self._last = (search.center, reason, search.forwards, search.backwards)
         self._evaluator.recorder.marks = loss is not None
-        self._restart()
+        self._prepare_recorder()
+        self._evaluator.recorder.restart()
         return search.center
 
     def recorded(self, function: Function) -> Function:

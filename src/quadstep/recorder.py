@@ -178,14 +178,17 @@ class Recorder:
 
         return cast(Function, wrapper)
 
-    def restart(self, params: list[Tensor], measures: bool) -> None:
-        """Drops what is recorded, for the next step."""
+    def prepare(self, params: list[Tensor], measures: bool) -> None:
+        """Is told what the next step moves, and whether it measures."""
         self._params, self.measures = params, measures
+        self._set_mark()
+
+    def restart(self) -> None:
+        """Drops what is recorded, for the next step."""
         for call in self._calls:
             # The loss, which refers to it, may live.
             call.generators, call.arguments, call.versions, call.weight = None, [], [], None
         self._calls, self.before = [], None
-        self._set_mark()
 
     def note_zero_grad(self) -> None:
         """Drops the calls whose gradients have been cleared."""

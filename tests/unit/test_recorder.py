@@ -765,6 +765,23 @@ class TestRecords:
             assert opt.step() == loss
         assert Reason.CONCAVE not in opt.report.counts
 
+    @pytest.mark.parametrize("steps", [0, 12, 20])
+    def test_state_and_groups_that_come_between_backward_and_step(self, steps):
+        model, opt = build()
+        extra = nn.Parameter(torch.zeros(3))
+        saved = copy.deepcopy(opt.state_dict())
+        run(model, opt, batches(steps))
+        opt.zero_grad()
+        ((x, y),) = batches(1)
+        loss = model(x, y)
+        loss.backward()
+        opt.load_state_dict(saved)
+        opt.add_param_group({"params": [extra]})
+        assert opt.step() == loss
+        model(x, y).backward()
+        opt.step()
+        assert opt.report.reason is not Reason.HELD
+
     def test_parameters_without_values_yet(self):
         class Lazy(Classifier):
             def __init__(self):
