@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from quadstep.gradients import gradients_of, mark_arrived
 from quadstep.snapshot import GeneratorStates, ModuleTracker, Snapshot, set_generators
-from quadstep.tensors import full_tensor
+from quadstep.tensors import full_tensor, is_distributed
 
 _UNTYPED: Any = torch._C
 _MODULE_CALL = cast(Any, nn.Module)._call_impl.__code__
@@ -311,6 +311,14 @@ class Recorder:
             self._is_replaying = before
             self.release()
 
+    def _are_cleared(self) -> bool:
+        """Whether the gradients of earlier backward passes have been cleared.
+
+        FSDP holds them back until it synchronizes them.
+        """
+        is_cleared = all(param.grad is None for param in self._params)
+        return is_cleared and not any(map(is_distributed, self._params))
+
     def _clear_weights(self, task: int = -1) -> None:
         """Takes the weights from the calls that had them of other backward passes."""
         for call in self._calls:
@@ -443,7 +451,7 @@ class Recorder:
                     _mark(leaf, call, number, self._key)
 
     def _record(self, call: Call, args: Any, kwargs: Any) -> None:
-        if all(param.grad is None for param in self._params):
+        if self._are_cleared():
             self._clear_weights()
         self._drop_used()
         self._drop_dead()
@@ -498,8 +506,7 @@ class Recorder:
     def _weigh(self, call: Call, gradient: Tensor) -> None:
         task = torch._C._current_graph_task_id()
         self._readmit(call)
-        if all(param.grad is None for param in self._params):
-            # The gradients of earlier backward passes have been cleared.
+        if self._are_cleared():
             self._clear_weights(task)
         gradient = full_tensor(gradient.detach())
         call.weight = gradient if call.weight is None else call.weight + gradient
