@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,11 +17,12 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from quadstep.gradients import gradients_of, mark_arrived
 from quadstep.snapshot import GeneratorStates, ModuleTracker, Snapshot, set_generators
-from quadstep.tensors import full_tensor
+from quadstep.tensors import full_tensor, is_distributed
 
 _UNTYPED: Any = torch._C
 _MODULE_CALL = cast(Any, nn.Module)._call_impl.__code__
@@ -43,10 +45,9 @@ class _Link(NamedTuple):
 class _Origin:
     """Which call returned a tensor; the graph of the tensor keeps it alive."""
 
-    KEY = "quadstep"
-
-    def __init__(self, call: Call, number: int, geometry: _Geometry) -> None:
-        self.call, self.number, self.geometry = weakref.ref(call), number, geometry
+    def __init__(self, call: Call, number: int, output: Tensor) -> None:
+        self.call, self.number, self.kind = weakref.ref(call), number, _kind(output)
+        self.geometry = output.size(), output.stride(), output.storage_offset()
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -59,12 +60,14 @@ class Call:
     arguments: list[Any] = field(default_factory=list[Any])  # the leaves of both kinds of them
     structure: Any = None
     versions: list[tuple[Tensor, int]] = field(default_factory=list[tuple[Tensor, int]])
+    parameter_versions: list[int | None] = field(default_factory=list[int | None])  # before it
     autocast: list[tuple[str, bool, torch.dtype]] = field(
         default_factory=list[tuple[str, bool, torch.dtype]]
     )
     depends: bool = False  # whether an argument depends on the parameters, but is no `_Link`
     output: tuple[type, Any] | None = None  # type and shape of what it returned without a loss
     loss: Tensor | None = None  # its value, detached
+    loss_number: int | None = None  # among the leaves of what it returned
     weight: Tensor | None = None  # the gradient that has reached the loss
     backward: int = -1  # the number of the backward pass that it came from
     graph: list[weakref.ref[Any]] = field(default_factory=list[Any])  # alive as long as the graph
@@ -85,6 +88,13 @@ class _Hook:
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
+
+
+class _Local(threading.local):
+    """The calls that have not ended, of each thread: another one may evaluate the modules."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[Callable[..., Any], Call | None]] = []
 
 
 class Recorder:
@@ -119,13 +129,14 @@ class Recorder:
         self._mark: GeneratorStates | None = None
         self._tracker = tracker
         self._watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._stack: list[tuple[Callable[..., Any], Call | None]] = []
+        self._local = _Local()
         self._calls: list[Call] = []
         self._params: list[Tensor] = []
-        self._versions: list[tuple[Tensor, int]] = []
         self._is_replaying = False
+        self._had_changed = False  # whether parameters had changed before they were moved
         self._scale = 1.0  # of the gradients in the backward passes
         self._owners: list[nn.Module] = []
+        self._key = object()  # of its marks in graphs, which other recorders mark, too
         self.watch([*self.modules, *([] if criterion is None else [criterion])])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -167,16 +178,22 @@ class Recorder:
 
         return cast(Function, wrapper)
 
-    def restart(self, params: list[Tensor], measures: bool) -> None:
-        """Drops what is recorded, for the next step."""
+    def prepare(self, params: list[Tensor], measures: bool) -> None:
+        """Is told what the next step moves, and whether it measures."""
         self._params, self.measures = params, measures
-        self._keep(lambda call: False)
-        self.before = None
         self._set_mark()
+
+    def restart(self) -> None:
+        """Drops what is recorded, for the next step."""
+        for call in self._calls:
+            # The loss, which refers to it, may live.
+            call.generators, call.arguments, call.versions, call.weight = None, [], [], None
+        self._calls, self.before = [], None
 
     def note_zero_grad(self) -> None:
         """Drops the calls whose gradients have been cleared."""
-        self._keep(lambda call: call.weight is None)
+        self._clear_weights()
+        self._drop_used()
         self._set_mark()
 
     @property
@@ -224,11 +241,24 @@ class Recorder:
 
     @property
     def parameters_changed(self) -> bool:
-        """Whether a parameter that trains was written to after the first call began.
+        """Whether a parameter of a called module was written to after its call began.
 
-        Forward passes themselves write to others, as to the running means of Keras.
+        Those that do not train are left out: forward passes write to them, as Keras does.
         """
-        return any(param._version != version for param, version in self._versions)
+        return any(
+            old not in (None, new)
+            for call in self._needed()
+            for old, new in zip(
+                call.parameter_versions, self._parameter_versions(call.function), strict=False
+            )
+        )
+
+    @property
+    def touched(self) -> set[nn.Module] | None:
+        """The modules that `replay` calls; None stands for all."""
+        parts = [_parts(call.function) for call in self._needed()]
+        known = [part for part in parts if part is not None]
+        return set[nn.Module]().union(*known) if len(known) == len(parts) else None
 
     def loss(self) -> Tensor:
         """The function that the gradients are of: the losses times what backward was called with.
@@ -248,7 +278,7 @@ class Recorder:
     def replay(self) -> Tensor:
         """Repeats the calls that the loss was computed by, and returns it."""
         calls, losses = self._losses(), dict[Call, Any]()
-        outputs = dict[Call, list[Any]]()
+        outputs = dict[Call, list[Tensor]]()
         self._is_replaying = True
         try:
             for call in self._needed():
@@ -257,7 +287,7 @@ class Recorder:
                 set_generators(call.generators or [])
                 with _autocast(call.autocast):
                     output = call.repeat(*args, **kwargs)
-                outputs[call] = pytree.tree_leaves(output)
+                outputs[call] = _leaves(output)
                 losses[call] = loss_of(output)
         finally:
             self._is_replaying = False
@@ -265,24 +295,41 @@ class Recorder:
 
     def note_parameters(self, unless: bool = False) -> None:
         """Takes the present parameters for those of the recorded calls, as they are again."""
-        if not unless:
-            self._versions = self._parameter_versions()
+        for call in () if unless else self._calls:
+            call.parameter_versions = self._parameter_versions(call.function)
+
+    def hold(self) -> None:
+        """Is told that parameters will be moved, and returned before `release`."""
+        self._had_changed = self.parameters_changed
+
+    def release(self) -> None:
+        """Is told that they have been returned."""
+        self.note_parameters(unless=self._had_changed)
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """Records nothing meanwhile."""
+        """Records nothing meanwhile; parameters that move are returned."""
         before, self._is_replaying = self._is_replaying, True
+        self.hold()
         try:
             yield
         finally:
             self._is_replaying = before
+            self.release()
 
-    def _keep(self, wanted: Callable[[Call], bool]) -> None:
-        """Drops the other calls, and what they keep: the loss, which refers to them, may live."""
+    def _are_cleared(self) -> bool:
+        """Whether the gradients of earlier backward passes have been cleared.
+
+        FSDP holds them back until it synchronizes them.
+        """
+        is_cleared = all(param.grad is None for param in self._params)
+        return is_cleared and not any(map(is_distributed, self._params))
+
+    def _clear_weights(self, task: int = -1) -> None:
+        """Takes the weights from the calls that had them of other backward passes."""
         for call in self._calls:
-            if not wanted(call):
-                call.arguments, call.versions = [], []
-        self._calls = [call for call in self._calls if wanted(call)]
+            if call.backward != task:
+                call.weight = None
 
     def _set_mark(self) -> None:
         is_kept = self.marks and self.measures
@@ -294,8 +341,12 @@ class Recorder:
 
     def _losses(self) -> list[Call]:
         """The calls whose losses have been part of a backward pass."""
-        linked = {leaf.call for call in self._calls for leaf in _links(call)}
-        return [call for call in self._calls if call.weight is not None and call not in linked]
+        linked = {(leaf.call, leaf.number) for call in self._calls for leaf in _links(call)}
+        return [
+            call
+            for call in self._calls
+            if call.weight is not None and (call, call.loss_number) not in linked
+        ]
 
     @property
     def _is_computed_outside(self) -> bool:
@@ -361,31 +412,31 @@ class Recorder:
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module in self._watched:
             self._enter(module, args, kwargs)
-            if (call := self._stack[-1][1]) is not None and call.generators is not None:
+            if (call := self._local.stack[-1][1]) is not None and call.generators is not None:
                 call.repeat = _as_compiled(module)
 
     def _leave_module(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        if module in self._watched and self._stack:
+        if module in self._watched and self._local.stack:
             self._leave(output)
 
     def _enter(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        if self._stack:
-            outermost = self._stack[0][0]
-            calls = [function, *(entry[0] for entry in self._stack)].count(outermost)
+        if self._local.stack:
+            outermost = self._local.stack[0][0]
+            calls = [function, *(entry[0] for entry in self._local.stack)].count(outermost)
             if not _is_running(outermost, calls):
-                self._stack.clear()
+                self._local.stack.clear()
         call = None
-        if not self._stack:
+        if not self._local.stack:
             self.count += 1
             wanted = (self.is_active or self.measures) and not self._is_replaying
             if wanted and torch.is_grad_enabled() and not _is_within_torch():
                 call = Call(function, function)
                 if self.measures:
                     self._record(call, args, kwargs)
-        self._stack.append((function, call))
+        self._local.stack.append((function, call))
 
     def _leave(self, output: Any) -> None:
-        _, call = self._stack.pop()
+        _, call = self._local.stack.pop()
         if call is None or output is None:
             return
         if self._calls:
@@ -408,20 +459,19 @@ class Recorder:
             cast(Any, loss).register_hook(weigh)
             call.graph.append(weakref.ref(weigh))
         if call.generators is not None:
-            for number, leaf in enumerate(pytree.tree_leaves(output)):
-                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                    _mark(leaf, call, number)
+            for number, leaf in enumerate(_leaves(output)):
+                if leaf is loss:
+                    call.loss_number = number
+                if leaf.grad_fn is not None:
+                    _mark(leaf, call, number, self._key)
 
     def _record(self, call: Call, args: Any, kwargs: Any) -> None:
-        if self.before is None:
-            self.before = self._tracker.capture(self._params)
-            self._versions = self._parameter_versions()
-            call.generators = self.before.generators
-            if self._tracker.is_due and _is_compiled(self._owners):
-                # What is looked for would run eagerly, and draw other random numbers.
-                self._tracker.is_due = False
-        else:
-            call.generators = self._tracker.generators(self._params)
+        if self._are_cleared():
+            self._clear_weights()
+        self._drop_used()
+        self._drop_dead()
+        call.generators = self._capture(call.function)
+        call.parameter_versions = self._parameter_versions(call.function)
         kinds = {param.device.type for param in self._params} | {"cpu"}
         call.autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
@@ -435,24 +485,44 @@ class Recorder:
         call.arguments, call.structure = pytree.tree_flatten((args, kwargs))
         for number, leaf in enumerate(call.arguments):
             if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
-                link = _link(leaf)
+                link = _link(leaf, self._key)
                 call.depends |= link is None and _depends_on(leaf, self._params)
                 call.arguments[number] = leaf if link is None else link
-            elif isinstance(leaf, Mapping):
-                call.arguments[number] = copy(cast(Mapping[Any, Any], leaf))
+            elif not isinstance(leaf, Tensor):
+                call.depends |= any(
+                    tensor.grad_fn is not None and _depends_on(tensor, self._params)
+                    for tensor in _tensors(leaf)
+                )
+                if isinstance(leaf, Mapping):
+                    call.arguments[number] = copy(cast(Mapping[Any, Any], leaf))
         call.versions = [
             (tensor, tensor._version)
             for tensor in _tensors(call.arguments)
             if not tensor.is_inference()
         ]
 
+    def _capture(self, function: Callable[..., Any]) -> GeneratorStates:
+        """Takes a snapshot of before the first call; of a module's part, before its own first.
+
+        Calls that no longer count may have changed it in between.
+        """
+        if self.before is None or not self._calls:
+            self.before = self._tracker.capture(self._params)
+            if self._tracker.is_due and _is_compiled(self._owners):
+                # What is looked for would run eagerly, and draw other random numbers.
+                self._tracker.is_due = False
+            return self.before.generators
+        own = _parts(function)
+        others = [_parts(call.function) for call in self._calls]
+        if own and all(other is not None and own.isdisjoint(other) for other in others):
+            self.before.renew(own)
+        return self._tracker.generators(self._params)
+
     def _weigh(self, call: Call, gradient: Tensor) -> None:
         task = torch._C._current_graph_task_id()
-        if all(param.grad is None for param in self._params):
-            # The gradients of earlier backward passes have been cleared.
-            self._keep(lambda other: other.weight is None or other.backward == task)
-            if call not in self._calls:
-                self._calls.append(call)
+        self._readmit(call)
+        if self._are_cleared():
+            self._clear_weights(task)
         gradient = full_tensor(gradient.detach())
         call.weight = gradient if call.weight is None else call.weight + gradient
         if self.measures and call.backward != task:
@@ -460,21 +530,48 @@ class Recorder:
             engine.queue_callback(lambda: mark_arrived(gradients_of(self._params)))
         call.backward = task
 
+    def _readmit(self, call: Call) -> None:
+        """Adds a call that was dropped, and those that it depends on."""
+        if call not in self._calls:
+            for leaf in _links(call):
+                self._readmit(leaf.call)
+            self._calls.append(call)
+
+    def _drop_used(self) -> None:
+        """Drops the calls of backward passes whose gradients have been cleared."""
+        before_used, before_kept, kept = set[Call](), set[Call](), list[Call]()
+        for call in reversed(self._calls):
+            is_used = call.backward >= 0 or call in before_used
+            if call.weight is None and is_used and call not in before_kept:
+                before_used.update(leaf.call for leaf in _links(call))
+            else:
+                before_kept.update(leaf.call for leaf in _links(call))
+                kept.append(call)
+        self._calls = kept[::-1]
+
     def _drop_dead(self) -> None:
         """Drops the calls that no backward pass can reach any more, as of an evaluation."""
         linked = {leaf.call for call in self._calls for leaf in _links(call)}
-        self._keep(
-            lambda call: (
-                call.weight is not None
-                or call in linked
-                or any(reference() is not None for reference in call.graph)
-            )
-        )
+        self._calls = [
+            call
+            for call in self._calls
+            if call.weight is not None
+            or call in linked
+            or any(reference() is not None for reference in call.graph)
+        ]
 
-    def _parameter_versions(self) -> list[tuple[Tensor, int]]:
-        params = {param for owner in self._owners for param in owner.parameters()}
-        trained = (param for param in params if param.requires_grad and not param.is_inference())
-        return [(param, param._version) for param in trained]
+    def _parameter_versions(self, function: Callable[..., Any]) -> list[int | None]:
+        """None where a parameter does not train, has no values yet, or counts no versions."""
+        owners = [function] if isinstance(function, nn.Module) else self._owners
+        return [
+            param._version if _counts_versions(param) else None
+            for owner in owners
+            for param in owner.parameters()
+        ]
+
+
+def _counts_versions(param: Tensor) -> bool:
+    return param.requires_grad and not is_lazy(param) and not param.is_inference()
 
 
 def loss_of(output: Any) -> Tensor | None:
@@ -491,10 +588,19 @@ def loss_of(output: Any) -> Tensor | None:
     return found if found.shape in ((), (1,)) else None
 
 
+def _parts(function: Callable[..., Any]) -> set[nn.Module] | None:
+    """The modules that a call can run; None where it can run any."""
+    return set(function.modules()) if isinstance(function, nn.Module) else None
+
+
 def _is_within_torch() -> bool:
-    """Whether a transform of functions calls, or a checkpoint that computes again in backward."""
+    """Whether a transform of functions calls, or a checkpoint that computes again in backward.
+
+    Or the tracer of an export.
+    """
     transform = _UNTYPED._functorch.peek_interpreter_stack() is not None
-    return transform or torch._C._current_graph_task_id() != -1
+    is_tracing = _UNTYPED._get_tracing_state() is not None
+    return transform or is_tracing or torch._C._current_graph_task_id() != -1
 
 
 def _single(value: Any) -> Tensor:
@@ -519,7 +625,7 @@ def _links(call: Call) -> list[_Link]:
     return [leaf for leaf in call.arguments if isinstance(leaf, _Link)]
 
 
-def _argument(leaf: Any, outputs: dict[Call, list[Any]]) -> Any:
+def _argument(leaf: Any, outputs: dict[Call, list[Tensor]]) -> Any:
     """A recorded argument, taken from what the calls before it have returned this time."""
     if isinstance(leaf, Mapping):
         # Functions may remove entries from the dictionaries that they are given.
@@ -533,36 +639,48 @@ def _argument(leaf: Any, outputs: dict[Call, list[Any]]) -> Any:
     return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
 
 
-def _mark(output: Tensor, call: Call, number: int) -> None:
+def _mark(output: Tensor, call: Call, number: int, key: object) -> None:
     """Marks the graph of what a call has returned, for `_link` to find."""
-    geometry = output.size(), output.stride(), output.storage_offset()
-    origin = _Origin(call, number, geometry)
+    origin = _Origin(call, number, output)
     call.graph.append(weakref.ref(origin))
     for tensor in (output, output._base):
         node: Any = None if tensor is None else tensor.grad_fn
         if tensor is not None and node is not None:
-            node.metadata[_Origin.KEY, tensor.output_nr] = origin
+            node.metadata[key, tensor.output_nr] = origin
 
 
-def _link(tensor: Tensor) -> _Link | None:
+def _link(tensor: Tensor, key: object) -> _Link | None:
     """Finds the call that returned a tensor, or one of which it is a view or a cast."""
     base = tensor if tensor._base is None else tensor._base
-    origin = _origin(base.grad_fn, base.output_nr)
+    origin = _origin(base.grad_fn, base.output_nr, key)
     if origin is not None and (call := origin.call()) is not None:
+        if _kind(tensor) != origin.kind:
+            return None
         own = tensor.size(), tensor.stride(), tensor.storage_offset()
         is_same = own == origin.geometry
         geometry = None if is_same else (own[0], own[1], own[2] - origin.geometry[2])
         return _Link(call, origin.number, geometry)
     node: Any = tensor.grad_fn
     if node.name() == "ToCopyBackward0":
-        origin = _origin(*node.next_functions[0])
+        source, output = node.next_functions[0]
+        origin = _origin(source, output, key)
         if origin is not None and (call := origin.call()) is not None:
             return _Link(call, origin.number, dtype=tensor.dtype)
     return None
 
 
-def _origin(node: Any, output: int) -> _Origin | None:
-    return None if node is None else node.metadata.get((_Origin.KEY, output))
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """What views of another kind, as the real part of a complex tensor, do not share."""
+    return tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
+def _origin(node: Any, output: int, key: object) -> _Origin | None:
+    return None if node is None else node.metadata.get((key, output))
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    """The tensors in what a call has returned."""
+    return _tensors(pytree.tree_leaves(output))
 
 
 def _tensors(value: Any) -> list[Tensor]:
