@@ -579,10 +579,7 @@ def _parts(function: Callable[..., Any]) -> set[nn.Module] | None:
 
 
 def _is_within_torch() -> bool:
-    """Whether a transform of functions calls, or a checkpoint that computes again in backward.
-
-    Or the tracer of an export.
-    """
+    """Whether torch calls: a transform, the tracer, or a checkpoint that computes again."""
     transform = _UNTYPED._functorch.peek_interpreter_stack() is not None
     is_tracing = _UNTYPED._get_tracing_state() is not None
     return transform or is_tracing or torch._C._current_graph_task_id() != -1
