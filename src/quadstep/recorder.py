@@ -470,6 +470,8 @@ class Recorder:
             self._clear_weights()
         self._drop_used()
         self._drop_dead()
+        if self.is_active:
+            self._record_arguments(call, args, kwargs)
         call.generators = self._capture(call.function)
         call.parameter_versions = self._parameter_versions(call.function)
         kinds = {param.device.type for param in self._params} | {"cpu"}
@@ -480,14 +482,16 @@ class Recorder:
         self._tracker.autocast_dtypes |= {
             dtype for _, is_enabled, dtype in call.autocast if is_enabled
         }
-        if not self.is_active:
-            return
+
+    def _record_arguments(self, call: Call, args: Any, kwargs: Any) -> None:
         call.arguments, call.structure = pytree.tree_flatten((args, kwargs))
         for number, leaf in enumerate(call.arguments):
             if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
                 link = _link(leaf, self._key)
                 call.depends |= link is None and _depends_on(leaf, self._params)
-                call.arguments[number] = leaf if link is None else link
+                if link is not None:
+                    self._readmit(link.call)
+                    call.arguments[number] = link
             elif not isinstance(leaf, Tensor):
                 call.depends |= any(
                     tensor.grad_fn is not None and _depends_on(tensor, self._params)
@@ -594,10 +598,7 @@ def _parts(function: Callable[..., Any]) -> set[nn.Module] | None:
 
 
 def _is_within_torch() -> bool:
-    """Whether a transform of functions calls, or a checkpoint that computes again in backward.
-
-    Or the tracer of an export.
-    """
+    """Whether torch calls: a transform, the tracer, or a checkpoint that computes again."""
     transform = _UNTYPED._functorch.peek_interpreter_stack() is not None
     is_tracing = _UNTYPED._get_tracing_state() is not None
     return transform or is_tracing or torch._C._current_graph_task_id() != -1

@@ -254,6 +254,22 @@ class TestAccumulation:
             loss.backward()
             assert opt.step() == loss
 
+    def test_features_of_which_each_loss_has_its_own_backward_pass(self):
+        torch.manual_seed(0)
+        body = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+        heads, criterion = [nn.Linear(8, 3), nn.Linear(8, 3)], nn.CrossEntropyLoss()
+        modules = nn.ModuleList([body, *heads])
+        opt = LQA(modules.parameters(), model=[body, *heads], criterion=criterion)
+        for x, y in batches(5):
+            features, gradients = body(x), []
+            for head in heads:
+                opt.zero_grad()
+                loss = criterion(head(features), y)
+                loss.backward(retain_graph=True)
+                gradients.append(body.bias.grad.clone())
+            body.bias.grad = sum(gradients)
+            assert opt.step() == loss
+
     def test_losses_of_calls_that_pass_a_state_on(self):
         class Recurrent(nn.Module):
             def __init__(self):
