@@ -3,6 +3,7 @@
 import sys
 import sysconfig
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -95,3 +96,50 @@ def makes_schedulers() -> bool:
 
 def _package(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def missing_loss(
+    names: list[str], criterion: object, calls: Sequence[Any], is_computed_outside: bool
+) -> str:
+    """Why recorded calls tell no loss, and what to do.
+
+    Args:
+        names: of the classes of the modules.
+        criterion: the loss module, if there is one.
+        calls: what was recorded.
+        is_computed_outside: whether code between the calls has made an argument.
+    """
+    model = ", ".join(names) or "the functions"
+    otherwise = (
+        "or wrap the function that computes the loss, loss_fn = opt.recorded(loss_fn), or pass "
+        "a closure, opt.step(closure)"
+    )
+    if not any(call.function is not criterion for call in calls):
+        return (
+            f"step() without a closure found no call of the model ({model}) with gradients "
+            "enabled since the last step; call the object that was given as model=, not its "
+            f"forward() or a copy, give the compiled module if there is one, {otherwise}"
+        )
+    if is_computed_outside:
+        return (
+            "the criterion or a module was given a tensor that was computed from what the "
+            "model returned, and LQA cannot repeat what happened in between; "
+            f"move it into the model or the criterion, {otherwise}"
+        )
+    if any(call.loss is not None for call in calls):
+        return (
+            "backward() was not called on the loss that the model or the criterion returned, "
+            f"but on another; call it on that loss, {otherwise}"
+        )
+    if criterion is not None:
+        return (
+            f"criterion ({type(criterion).__name__}) was not called with what the model "
+            f"returned; call the object that was given as criterion=, {otherwise}"
+        )
+    kind, shape = calls[-1].output or (type(None), None)
+    returned = kind.__name__ if shape is None else f"a tensor of shape {tuple(shape)}"
+    return (
+        f"the model ({model}) returned {returned}, in which there is no loss: a "
+        'scalar tensor, .loss, ["loss"] or the first element of a tuple; give the loss module '
+        f"that the loop calls, LQA(..., criterion=criterion), {otherwise}"
+    )

@@ -27,9 +27,9 @@ from quadstep.controllers import (
 from quadstep.directions import Gradient, OptimizerStep, RMSNormalized
 from quadstep.gradients import gradients_of, mark_used
 from quadstep.groups import GroupOptimizer, Strategies
+from quadstep.hooks import Function
 from quadstep.measurement import StepSearch
 from quadstep.preview import Preview, restored
-from quadstep.recorder import Function
 from quadstep.report import Report, flat_metrics
 from quadstep.schedule import COUNTS, Schedule
 from quadstep.tensors import parameters
