@@ -45,6 +45,7 @@ def results(tmp_path) -> Path:
         "lines",
         "cost",
         "memory",
+        "trainer",
         "restore",
         "suite",
         "soak",
@@ -285,6 +286,15 @@ def test_a_library_of_the_extra_that_is_missing_is_named(run, results, monkeypat
     status, _, errors = run("report", "--results", results)
     assert status == 1
     assert errors == "matplotlib is not installed: run pip install quadstep-bench\n"
+
+
+def test_an_extra_that_is_not_installed(run, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "quadstep_bench.trainer", raising=False)
+    monkeypatch.delattr(quadstep_bench, "trainer", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, _, errors = run("trainer", "--out", tmp_path)
+    assert status == 1
+    assert errors == "transformers is not installed: run pip install quadstep-bench[trainer]\n"
 
 
 def test_demo(run, monkeypatch, tmp_path):

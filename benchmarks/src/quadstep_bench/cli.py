@@ -14,6 +14,7 @@ from quadstep_bench.runner.records import Collection, Config, Results
 from quadstep_bench.tasks import TASKS, Precision, check_task
 
 _INSTALL = "is not installed: run pip install quadstep-bench"
+_EXTRAS = {"accelerate": "trainer", "transformers": "trainer"}
 
 try:
     import typer
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         _fail(str(error), 1)
     except ModuleNotFoundError as missing:
-        _fail(f"{missing.name} {_INSTALL}", 1)
+        extra = _EXTRAS.get(missing.name or "")
+        _fail(f"{missing.name} {_INSTALL}" + (f"[{extra}]" if extra else ""), 1)
 
 
 @app.command()
@@ -206,6 +208,21 @@ def memory(
     from quadstep_bench import memory
 
     print(memory.measure(Results(out, runs), Console(), seeds=seeds))
+
+
+@app.command()
+def trainer(
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs of each setting.")] = 10,
+    out: OutOption = OUT,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Trains a small BERT by the Trainer of Transformers and by a closure, LQA and AdamW.
+
+    Stopped at any point, it goes on from there.
+    """
+    from quadstep_bench import trainer
+
+    print(trainer.measure(Results(out, runs), Console(), seeds=seeds))
 
 
 @app.command()

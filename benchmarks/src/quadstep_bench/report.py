@@ -14,13 +14,16 @@ from quadstep_bench.markdown import format_table
 from quadstep_bench.optimizers import BASES, COMPETITORS, LQA_SETTINGS
 from quadstep_bench.paper import claims
 from quadstep_bench.runner.environment import SOURCES, Environment
-from quadstep_bench.runner.files import read_json, read_rows, write_text
+from quadstep_bench.runner.files import number, read_json, read_rows, write_text
 from quadstep_bench.runner.records import Record, Results
 
 PROVENANCE = "\n## Provenance\n"
 """The heading of the section that says what the numbers of a report were measured with."""
 
 OTHERS = "runs of other optimizers"
+
+CHANCE = 0.4
+"""A final loss above this counts as at chance, on two classes that are guessed at 0.69."""
 
 KINDS = ("runs of LQA", "line searches", "cost measurements", OTHERS)
 
@@ -57,6 +60,7 @@ def write(results: Results, out: Path) -> Report:
         *claims.write(evidence, verdicts, out, provenance(of_paper)),
         *suite.write(outcomes, out, provenance(_trained(runs))),
         *figures.draw(evidence.records, out / "figures"),
+        *_write_trainer(results, out),
         *_write_memory(results, out),
     ]
     if outcomes:
@@ -135,6 +139,43 @@ def _write_memory(results: Results, out: Path) -> list[Path]:
         "",
     ]
     write_text("\n".join(lines) + provenance([("cost measurements", [environment])]), page)
+    return [page]
+
+
+def _write_trainer(results: Results, out: Path) -> list[Path]:
+    """Writes the table of `quadstep-bench trainer`, if it was run."""
+    record, page = results.root / "bench" / "trainer.json", out / "TRAINER.md"
+    if not record.exists():
+        return []
+    measured = read_json(record)
+    losses: defaultdict[str, list[float]] = defaultdict(list)
+    for run in measured["runs"]:
+        losses[run["setting"]].append(number(run["loss"]))
+    rows = [
+        [
+            setting,
+            f"{np.median(of_setting):.2g}",
+            f"{np.max(of_setting):.2g}",
+            # One that is not a number is no better.
+            f"{sum(not loss <= CHANCE for loss in of_setting)} of {len(of_setting)}",
+        ]
+        for setting, of_setting in losses.items()
+    ]
+    environment = results.environments()[measured["environment"]]
+    uses = [
+        ("runs of LQA" if run["setting"].startswith("LQA") else OTHERS, [environment])
+        for run in measured["runs"]
+    ]
+    lines = [
+        "# Trainer",
+        "",
+        "Written by `quadstep-bench report` from `bench/trainer.json`. Final training losses of a "
+        f"small BERT after {measured['epochs']} epochs; above {CHANCE} counts as at chance:",
+        "",
+        *format_table(["setting", "median", "maximum", "at chance"], rows),
+        "",
+    ]
+    write_text("\n".join(lines) + provenance(uses), page)
     return [page]
 
 
