@@ -294,7 +294,7 @@ def test_an_extra_that_is_not_installed(run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     status, _, errors = run("trainer", "--out", tmp_path)
     assert status == 1
-    assert errors == "transformers is not installed: run pip install quadstep-bench[trainer]\n"
+    assert errors == 'transformers is not installed: run pip install "quadstep-bench[trainer]"\n'
 
 
 def test_demo(run, monkeypatch, tmp_path):

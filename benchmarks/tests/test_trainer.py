@@ -28,8 +28,15 @@ def test_trainer(tmp_path, monkeypatch):
     assert report.write(results, tmp_path / "pages").files[-1].name == "TRAINER.md"
     page = (tmp_path / "pages" / "TRAINER.md").read_text()
     for setting, loss in losses.items():
-        at_chance = int(loss > report.CHANCE)
-        assert f"| {setting} | {loss:.2g} | {loss:.2g} | {at_chance} of 1 |" in page
+        on_plateau = int(loss > report.PLATEAU)
+        assert f"| {setting} | {loss:.2g} | {loss:.2g} | {on_plateau} of 1 |" in page
+
+
+def test_the_plateau_is_below_the_loss_of_guessing():
+    share = trainer.data()[1].float().mean()
+    guessing = torch.distributions.Bernoulli(share).entropy().item()
+    assert f"{guessing:.2f}" == "0.68"
+    assert guessing > report.PLATEAU
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

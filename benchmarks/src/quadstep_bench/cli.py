@@ -13,7 +13,7 @@ from quadstep_bench.runner.files import RecordError
 from quadstep_bench.runner.records import Collection, Config, Results
 from quadstep_bench.tasks import TASKS, Precision, check_task
 
-_INSTALL = "is not installed: run pip install quadstep-bench"
+_INSTALL = "is not installed: run pip install"
 _EXTRAS = {"accelerate": "trainer", "transformers": "trainer"}
 
 try:
@@ -21,7 +21,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"{missing.name} {_INSTALL}") from missing
+    raise SystemExit(f"{missing.name} {_INSTALL} quadstep-bench") from missing
 
 app = typer.Typer(
     help="Trains with no learning rate to choose, and measures it against the paper.",
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(str(error), 1)
     except ModuleNotFoundError as missing:
         extra = _EXTRAS.get(missing.name or "")
-        _fail(f"{missing.name} {_INSTALL}" + (f"[{extra}]" if extra else ""), 1)
+        package = f'"quadstep-bench[{extra}]"' if extra else "quadstep-bench"
+        _fail(f"{missing.name} {_INSTALL} {package}", 1)
 
 
 @app.command()
