@@ -37,6 +37,7 @@ SENTENCES = (
     "above the best hand-tuned setting on {held_out_losses} of {tasks} tasks",
     "by up to {second_worst} times and by {worst} times on one with badly scaled weights",
     "the default takes {h100_least} to {h100_most} times a step of AdamW there",
+    "with dropout: {trainer_plateau} of a small BERT end on the first plateau",
     "Of the paper's {claims} claims on the method",
     "the default meets {auto_holds}, `lqa` {lqa_holds} and Algorithm 1 as printed {paper_holds};",
 )
@@ -92,6 +93,7 @@ def recorded() -> dict[str, Any]:
     tasks = len(table(suite, "## The tasks"))
     training, held_out = table(suite, "## Training loss"), table(suite, "## Held-out loss")
     ratios = sorted((float(row[3]) for row in held_out.values()), reverse=True)
+    trainer = table((RESULTS / "TRAINER.md").read_text(), "# Trainer")
     h100 = sorted(costs("cost-cuda.json", "lqa-auto").values())
     wins = sum(float(row[3]) <= 1.0 for row in training.values())
     assert [wins, sum(ratio <= 1.0 for ratio in ratios)] == [
@@ -111,6 +113,7 @@ def recorded() -> dict[str, Any]:
         "worst": f"{ratios[0]:.0f}",
         "second_worst": f"{ratios[1]}",
         "steps": re.search(r"([\d.]+) of the steps where it is reached", suite)[1],
+        "trainer_plateau": trainer["LQA, `Trainer`"][2],
         "h100_least": h100[0],
         "h100_most": h100[-1],
         "claims": sum(int(count) for count in verdicts["lqa-auto"]),
@@ -195,6 +198,17 @@ def test_the_memory_of_the_page_to_choose_is_that_recorded():
         pairs = zip(medians(parameters, state_dtype), medians(parameters, None), strict=True)
         first, second, third = (f"{low / high:.2f}" for low, high in pairs)
         assert f"{first}, {second} and {third} times" in " ".join(page.split())
+
+
+def test_the_losses_of_the_page_on_transformers_are_those_recorded():
+    page = (ROOT / "docs" / "recipes" / "transformers.md").read_text()
+    recorded = table((RESULTS / "TRAINER.md").read_text(), "# Trainer")
+    assert table(page, "## What to expect") == recorded
+    clipped, unclipped = (
+        recorded[f"LQA, `Trainer`{rest}"][2] for rest in ("", ", `max_grad_norm=0`")
+    )
+    sentence = f"{unclipped.split()[0]} instead of {clipped} runs ends on the plateau"
+    assert sentence in " ".join(page.split())
 
 
 def test_the_ways_to_return_from_probes_are_those_recorded():
