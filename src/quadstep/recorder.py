@@ -314,38 +314,59 @@ class Recorder:
 
     def _reason(self) -> str:
         """Why there is no loss, and what to do."""
-        names = ", ".join(type(module).__name__ for module in self.modules) or "the functions"
+        names = ", ".join(type(module).__name__ for module in self.modules)
+        source = f"the model ({names})" if names else "the function that opt.recorded wrapped"
         otherwise = (
             "or wrap the function that computes the loss, loss_fn = opt.recorded(loss_fn), or pass "
             "a closure, opt.step(closure)"
         )
         if not any(call.function is not self.criterion for call in self._calls):
             return (
-                f"step() without a closure found no call of the model ({names}) with gradients "
-                "enabled since the last step; call the object that was given as model=, not its "
+                f"step() without a closure found no call of {source} with gradients enabled "
+                "since the last step; call the object that was given as model=, not its "
                 f"forward() or a copy, give the compiled module if there is one, {otherwise}"
             )
         if any(call.depends for call in self._needed()):
+            if not names:
+                return (
+                    f"{source} was given a tensor that was computed from the parameters, and LQA "
+                    "cannot repeat how; give LQA the model as well, LQA(params, model=model), or "
+                    "wrap a function that calls the model itself, or pass a closure, "
+                    "opt.step(closure)"
+                )
             return (
                 "the criterion or a module was given a tensor that was computed from what the "
                 "model returned, and LQA cannot repeat what happened in between; "
                 f"move it into the model or the criterion, {otherwise}"
             )
-        made = [call for call in self._calls if call.loss is not None]
-        if made:
+        if any(call.loss is not None for call in self._calls):
+            if not gradients_of(self._params):
+                return "no gradient has arrived; call loss.backward() before step()"
             return (
                 "backward() was not called on the loss that the model or the criterion returned, "
                 f"but on another; call it on that loss, {otherwise}"
             )
         if self.criterion is not None:
+            name = type(self.criterion).__name__
+            outputs = [call.output for call in self._calls if call.function is self.criterion]
+            if outputs:
+                return (
+                    f"criterion ({name}) returned {outputs[-1]}, not a scalar loss; leave its "
+                    f'reduction at "mean", {otherwise}'
+                )
             return (
-                f"criterion ({type(self.criterion).__name__}) was not called with what the model "
+                f"criterion ({name}) was not called with what the model "
                 f"returned; call the object that was given as criterion=, {otherwise}"
             )
+        fix = (
+            "give the loss module that the loop calls, LQA(..., criterion=criterion), or wrap the "
+            "function that computes the loss, loss_fn = opt.recorded(loss_fn), in a Trainer "
+            "trainer.compute_loss = opt.recorded(trainer.compute_loss)"
+        )
         return (
-            f"the model ({names}) returned {self._calls[-1].output}, in which there is no loss: a "
-            'scalar tensor, .loss, ["loss"] or the first element of a tuple; give the loss module '
-            f"that the loop calls, LQA(..., criterion=criterion), {otherwise}"
+            f"{source} returned {self._calls[-1].output}, in which there is no loss: a scalar "
+            'tensor, .loss, ["loss"] or the first element of a tuple; '
+            f"{fix if names else 'return the loss first'}, or pass a closure, opt.step(closure)"
         )
 
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
