@@ -241,6 +241,11 @@ class LQA(GroupOptimizer):
 
         Example:
             >>> loss = opt.step(lambda: loss_fn(model(x), y))
+
+            Without a closure, where LQA was constructed with `model`:
+
+            >>> model(x, y).loss.backward()
+            >>> loss = opt.step()
         """
         self._adopt()
         if closure is None and is_state_request(self.param_groups, self.state):
@@ -280,7 +285,8 @@ class LQA(GroupOptimizer):
         is no module.
 
         Args:
-            function: returns the loss as a `model` does. A method of a module belongs to it.
+            function: returns the loss as a `model` does, and calls the model itself or takes what
+                the recorded `model` has returned. A method of a module belongs to it.
 
         Returns:
             The function, to be called in its place.
@@ -401,7 +407,11 @@ class LQA(GroupOptimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Puts the weights back from which training continues."""
+        """Puts the weights back from which training continues.
+
+        Example:
+            >>> opt.train()
+        """
         self._adopt()
         if not self._scalars[TRAINING]:
             self.strategies.update.resume(self.param_groups, self.state)
