@@ -317,14 +317,18 @@ class Recorder:
         names = ", ".join(type(module).__name__ for module in self.modules)
         source = f"the model ({names})" if names else "the function that opt.recorded wrapped"
         otherwise = (
-            "or wrap the function that computes the loss, loss_fn = opt.recorded(loss_fn), or pass "
-            "a closure, opt.step(closure)"
+            "or wrap the function that computes the loss, loss_fn = opt.recorded(loss_fn) (of a "
+            "Trainer: its compute_loss), or pass a closure, opt.step(closure)"
         )
         if not any(call.function is not self.criterion for call in self._calls):
+            fix = (
+                "the object that was given as model=, not its forward() or a copy, give the "
+                "compiled module if there is one"
+            )
             return (
                 f"step() without a closure found no call of {source} with gradients enabled "
-                "since the last step; call the object that was given as model=, not its "
-                f"forward() or a copy, give the compiled module if there is one, {otherwise}"
+                "since the last step; call "
+                f"{fix if names else 'what opt.recorded returned'}, {otherwise}"
             )
         if any(call.depends for call in self._needed()):
             if not names:
@@ -337,7 +341,8 @@ class Recorder:
             return (
                 "the criterion or a module was given a tensor that was computed from what the "
                 "model returned, and LQA cannot repeat what happened in between; "
-                f"move it into the model or the criterion, {otherwise}"
+                "move it into the model or the criterion, give LQA the module that did it, "
+                f"model=[model, other], {otherwise}"
             )
         if any(call.loss is not None for call in self._calls):
             if not gradients_of(self._params):
@@ -358,15 +363,11 @@ class Recorder:
                 f"criterion ({name}) was not called with what the model "
                 f"returned; call the object that was given as criterion=, {otherwise}"
             )
-        fix = (
-            "give the loss module that the loop calls, LQA(..., criterion=criterion), or wrap the "
-            "function that computes the loss, loss_fn = opt.recorded(loss_fn), in a Trainer "
-            "trainer.compute_loss = opt.recorded(trainer.compute_loss)"
-        )
+        give = "give the loss module that the loop calls, LQA(..., criterion=criterion)"
         return (
             f"{source} returned {self._calls[-1].output}, in which there is no loss: a scalar "
             'tensor, .loss, ["loss"] or the first element of a tuple; '
-            f"{fix if names else 'return the loss first'}, or pass a closure, opt.step(closure)"
+            f"{give if names else 'return the loss first'}, {otherwise}"
         )
 
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -196,6 +196,16 @@ def function_of_outputs_without_the_model():
         opt.step()
 
 
+def function_that_is_called_unwrapped():
+    model = Classifier()
+    opt = LQA(model.parameters())
+    opt.recorded(cross_entropy)
+    for x, y in batches(5):
+        opt.zero_grad()
+        cross_entropy(model(x), y).backward()
+        opt.step()
+
+
 def function_that_returns_the_loss_last():
     model = Classifier()
     opt = LQA(model.parameters())
@@ -261,6 +271,7 @@ ERRORS = [
     (criterion_without_a_reduction, RuntimeError, 'leave its reduction at "mean"'),
     (forgotten_backward, RuntimeError, "call loss.backward() before step()"),
     (function_of_outputs_without_the_model, RuntimeError, "LQA(params, model=model)"),
+    (function_that_is_called_unwrapped, RuntimeError, "call what opt.recorded returned"),
     (function_that_returns_the_loss_last, RuntimeError, "return the loss first"),
     (criterion_that_is_a_function, TypeError, "criterion = nn.CrossEntropyLoss()"),
     (model_that_is_a_function, TypeError, "model must be a module"),
