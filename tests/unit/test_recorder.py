@@ -32,7 +32,7 @@ class Classifier(nn.Module):
 
 
 def batches(steps, size=32):
-    """The inputs and labels of each step; drawn from a generator of their own."""
+    """The inputs and labels of each step; drawn from a separate generator."""
     task = noisy_classification()
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
