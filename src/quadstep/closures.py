@@ -183,14 +183,19 @@ class ClosureEvaluator:
         Probes start from a snapshot, if it `is_origin` that of before the gradient pass.
         """
         after = before
+        is_replay = closure == self.recorder.replay
         if is_origin:
-            # Probes draw from the generators that the gradient pass drew from.
-            before, after = self.tracker.capture(params).pair_advanced(before)
+            after = self.tracker.capture(params)
+            if not is_replay:
+                # Probes draw from the generators that the gradient pass drew from.
+                before, after = after.pair_advanced(before)
+            elif (touched := self.recorder.touched) is not None:
+                # Graphs that wait for their backward pass may need the buffers of the others.
+                before, after = before.limit(touched), after.limit(touched)
         known = len(before.buffers)
         # Removed, so that a closure can neither clear them nor add to them.
         held = [(param, param.grad) for param in params]
         gradients.clear_gradients(params)
-        is_replay = closure == self.recorder.replay
         runs_backward = self.runs_backward and not is_replay
         try:
             with self.recorder.paused():

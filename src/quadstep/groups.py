@@ -98,7 +98,7 @@ class GroupOptimizer(Optimizer):
             checkpoint.clear_scalars(group)
         self._scalars = strategies.initial_scalars()
         self._adopt()
-        self._restart()
+        self._prepare_recorder()
 
     @property
     def rate(self) -> float:
@@ -147,7 +147,7 @@ class GroupOptimizer(Optimizer):
         self._adopt()
         self.strategies.update.load(self.param_groups, self.state)
         self._last = _NO_STEP
-        self._restart()
+        self._prepare_recorder()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; without an `lr` it gets the rate in force.
@@ -170,7 +170,7 @@ class GroupOptimizer(Optimizer):
         # Its modules may be ones that no closure has run yet.
         self._evaluator.tracker.look_again()
         if self._scalars:
-            self._restart()
+            self._prepare_recorder()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, as torch's optimizers do."""
@@ -199,10 +199,10 @@ class GroupOptimizer(Optimizer):
             if scalars is not self._scalars:
                 self._scalars = scalars
 
-    def _restart(self) -> None:
+    def _prepare_recorder(self) -> None:
         """Records the calls of the next step."""
         params = parameters(self.param_groups)
-        self._evaluator.recorder.restart(params, measures=self._scalars[WAIT] == 0)
+        self._evaluator.recorder.prepare(params, measures=self._scalars[WAIT] == 0)
 
     def _reset_rates(self, warns: bool = True) -> None:
         """Resets the rates that others have written since the last step, and warns once."""

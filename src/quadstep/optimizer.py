@@ -27,9 +27,9 @@ from quadstep.controllers import (
 from quadstep.directions import Gradient, OptimizerStep, RMSNormalized
 from quadstep.gradients import gradients_of, mark_used
 from quadstep.groups import GroupOptimizer, Strategies
+from quadstep.hooks import Function
 from quadstep.measurement import StepSearch
 from quadstep.preview import Preview, restored
-from quadstep.recorder import Function
 from quadstep.report import Report, flat_metrics
 from quadstep.schedule import COUNTS, Schedule
 from quadstep.tensors import parameters
@@ -275,7 +275,8 @@ class LQA(GroupOptimizer):
         reason = search.decision.reason
         self._last = (search.center, reason, search.forwards, search.backwards)
         self._evaluator.recorder.marks = loss is not None
-        self._restart()
+        self._prepare_recorder()
+        self._evaluator.recorder.restart()
         return search.center
 
     def recorded(self, function: Function) -> Function:
@@ -329,7 +330,7 @@ class LQA(GroupOptimizer):
         ):
             search = self._search(closure, None, is_preview=True)
             search.run(rollback)
-        return Preview(search)
+        return Preview(search, recorder)
 
     def metrics(self) -> dict[str, float]:
         """Returns `report` as a flat dict of floats, for loggers; waits for the device once.
@@ -401,6 +402,7 @@ class LQA(GroupOptimizer):
         """
         self._adopt()
         if self._scalars[TRAINING]:
+            self._evaluator.recorder.hold()
             self.strategies.update.show_average(self.param_groups, self.state)
             self._evaluator.tracker.reshard()
         self._scalars[TRAINING] = False
@@ -416,6 +418,7 @@ class LQA(GroupOptimizer):
         if not self._scalars[TRAINING]:
             self.strategies.update.resume(self.param_groups, self.state)
             self._evaluator.tracker.reshard()
+            self._evaluator.recorder.release()
         self._scalars[TRAINING] = True
 
     def _search(self, closure: Any, loss: Any, is_preview: bool) -> StepSearch:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from quadstep.gradients import clear_gradients
 from quadstep.line import Line
 from quadstep.measurement import StepSearch
+from quadstep.recorder import Recorder
 from quadstep.tensors import Groups, assign, copies, parameters, real_views
 
 
@@ -31,9 +32,9 @@ class Preview:
         >>> losses = line.losses([0.0, line.rate, 2.0 * line.rate])
     """
 
-    def __init__(self, search: StepSearch) -> None:
+    def __init__(self, search: StepSearch, recorder: Recorder) -> None:
         self.rate = search.decision.step
-        self._search = search
+        self._search, self._recorder = search, recorder
 
     @torch.no_grad()
     def losses(self, rates: Iterable[float]) -> list[float]:
@@ -59,9 +60,10 @@ class Preview:
         blocks = [replace(block, params=real_views(block.owners)) for block in blocks]
         line = Line(blocks, keeps_start=search.strategies.direction.keeps_start)
         try:
-            with search.evaluator.probing(
+            probing = search.evaluator.probing(
                 search.closure, search.params, search.scalars, search.before, is_origin=False
-            ) as probes:
+            )
+            with self._recorder.paused(), probing as probes:
                 return [*map(float, line.losses(probes.evaluate, rates))]
         finally:
             now.restore()

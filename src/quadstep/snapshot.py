@@ -109,6 +109,14 @@ class Snapshot:
             owner._buffers[name] = buffer
         assign([row[2] for row in rows], [row[3] for row in rows])
 
+    def renew(self, modules: set[nn.Module]) -> None:
+        """Takes the present buffers of modules."""
+        self.buffers = [row for row in self.buffers if row[0] not in modules] + _buffers(modules)
+
+    def limit(self, modules: set[nn.Module]) -> Snapshot:
+        """The snapshot with the buffers of these modules alone."""
+        return replace(self, buffers=[row for row in self.buffers if row[0] in modules])
+
     def pair_advanced(self, earlier: Snapshot) -> tuple[Snapshot, Snapshot]:
         """An earlier snapshot and this one, reduced to the generators that advanced in between."""
         rows = zip(earlier.generators, self.generators, strict=True)

@@ -1,6 +1,6 @@
 """Training on several processes takes the steps of one process on the joined batches."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -100,6 +100,18 @@ def check_two_dimensions_equal_one_process(_):
     )
 
 
+@contextmanager
+def unsynchronized(model):
+    """Accumulates gradients on each rank alone."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+
 def check_recorded_calls_equal_closures(_):
     """Also of accumulated parts, of which the last alone synchronizes."""
     for parallelise, name, inner in [
@@ -119,7 +131,7 @@ def check_recorded_calls_equal_closures(_):
         for step in range(STEPS):
             inputs, labels = share(task, step)
             opt.zero_grad()
-            with model.no_sync() if parallelise is DistributedDataParallel else nullcontext():
+            with unsynchronized(model):
                 (criterion(model(inputs[::2]), labels[::2]) / 2.0).backward()
             (criterion(model(inputs[1::2]), labels[1::2]) / 2.0).backward()
             opt.step()

@@ -1,10 +1,12 @@
 import copy
 import gc
 import pickle
+import threading
 import warnings
 import weakref
 from collections import UserDict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +242,67 @@ class TestAccumulation:
         loss.backward()
         assert opt.step() == loss
 
+    @pytest.mark.parametrize("of_inputs", [False, True])
+    def test_gradients_that_the_loop_takes_first(self, of_inputs):
+        model, opt = build()
+        for x, y in batches(3):
+            x.requires_grad_(of_inputs)
+            loss = model(x, y)
+            inputs = [x] if of_inputs else [*model.parameters()]
+            torch.autograd.grad(2.0 * loss, inputs, retain_graph=True)
+            opt.zero_grad()
+            loss.backward()
+            assert opt.step() == loss
+
+    def test_features_of_which_each_loss_has_its_own_backward_pass(self):
+        torch.manual_seed(0)
+        body = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+        heads, criterion = [nn.Linear(8, 3), nn.Linear(8, 3)], nn.CrossEntropyLoss()
+        modules = nn.ModuleList([body, *heads])
+        opt = LQA(modules.parameters(), model=[body, *heads], criterion=criterion)
+        for x, y in batches(5):
+            features, gradients = body(x), []
+            for head in heads:
+                opt.zero_grad()
+                loss = criterion(head(features), y)
+                loss.backward(retain_graph=True)
+                gradients.append(body.bias.grad.clone())
+            body.bias.grad = sum(gradients)
+            assert opt.step() == loss
+
+    def test_losses_of_calls_that_pass_a_state_on(self):
+        class Recurrent(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.cell = nn.LSTMCell(8, 3)
+
+            def forward(self, x, y, state=None):
+                hidden, cell = self.cell(x, state)
+                return functional.cross_entropy(hidden, y), (hidden, cell)
+
+        ends = []
+        for recorded in (True, False):
+            model, opt = build(kind=Recurrent, model=None)
+            opt = LQA(model.parameters(), model=model if recorded else None)
+            for x, y in batches(20):
+
+                def losses(model=model, x=x, y=y):
+                    state, losses = None, []
+                    for part, labels in zip(x.split(8), y.split(8), strict=True):
+                        loss, state = model(part, labels, state)
+                        losses.append(loss)
+                    return torch.stack(losses).sum()
+
+                if recorded:
+                    losses().backward()
+                    opt.step()
+                    opt.zero_grad()
+                else:
+                    opt.step(losses)
+            ends.append(state(model, opt))
+        for one, other in zip(*ends, strict=True):
+            torch.testing.assert_close(one, other, check_dtype=False)
+
     def test_zero_grad_between_passes(self):
         model, opt = build()
         for x, y in batches(3):
@@ -401,6 +464,55 @@ class TestCriterion:
                     opt.step(loss)
             ends.append([*body.parameters(), *head.parameters(), torch.tensor(opt.rate)])
         assert identical(*ends)
+
+    def test_outputs_in_an_object(self):
+        class Wrapped(nn.Linear):
+            def forward(self, x):
+                return SimpleNamespace(features=x, logits=super().forward(x))
+
+        class OfObject(nn.Module):
+            def forward(self, output, y):
+                return functional.cross_entropy(output.logits, y)
+
+        ends = []
+        for recorded in (True, False):
+            torch.manual_seed(0)
+            model, criterion = Wrapped(8, 3), nn.CrossEntropyLoss()
+            options = {"model": model, "criterion": criterion} if recorded else {}
+            opt = LQA(model.parameters(), **options)
+            for x, y in batches(20):
+                if recorded:
+                    criterion(model(x).logits, y).backward()
+                    opt.step()
+                    opt.zero_grad()
+                else:
+                    opt.step(lambda m=model, c=criterion, x=x, y=y: c(m(x).logits, y))
+            ends.append(state(model, opt))
+        assert identical(*ends)
+        criterion = OfObject()
+        opt = LQA(model.parameters(), model=model, criterion=criterion)
+        criterion(model(x), y).backward()
+        with pytest.raises(RuntimeError, match="cannot repeat what happened"):
+            opt.step()
+
+    @pytest.mark.parametrize("is_inside", [True, False])
+    def test_parts_of_complex_outputs(self, is_inside):
+        class Complex(nn.Linear):
+            def forward(self, x):
+                output = super().forward(x.to(torch.complex64))
+                return output.imag if is_inside else output
+
+        model, criterion = Complex(8, 3, dtype=torch.complex64), nn.CrossEntropyLoss()
+        opt = LQA(model.parameters(), model=model, criterion=criterion)
+        ((x, y),) = batches(1)
+        output = model(x)
+        loss = criterion(output if is_inside else output.imag, y)
+        loss.backward()
+        if is_inside:
+            assert opt.step() == loss
+        else:
+            with pytest.raises(RuntimeError, match="cannot repeat what happened"):
+                opt.step()
 
     def test_parameters_of_the_criterion(self):
         torch.manual_seed(0)
@@ -633,6 +745,131 @@ class TestRecords:
             ended = run(model, opt, batches(20))
             other, reference = build(kind=Checkpointed, model=None)
             assert identical(ended, run_with_closure(other, reference, batches(20)))
+
+    def test_several_optimizers_record_a_module(self):
+        torch.manual_seed(0)
+        body, head, criterion = nn.Linear(8, 16), nn.Linear(16, 3), nn.CrossEntropyLoss()
+        given = {"model": [body, head], "criterion": criterion}
+        opts = [LQA(part.parameters(), **given) for part in (body, head)]
+        for x, y in batches(5):
+            for opt in opts:
+                body.zero_grad()
+                head.zero_grad()
+                loss = criterion(head(body(x)), y)
+                loss.backward()
+                assert opt.step() == loss
+
+    def test_adversaries(self):
+        """What one does to the other's parameters and buffers in between changes no measurement."""
+        torch.manual_seed(0)
+        generator = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8))
+        first, last = (nn.utils.parametrizations.spectral_norm(nn.Linear(n, 8)) for n in (8, 8))
+        critic = nn.Sequential(first, nn.Tanh(), last)
+        given = {"model": [generator, critic], "criterion": nn.MSELoss()}
+        opt, other = LQA(generator.parameters(), **given), LQA(critic.parameters(), **given)
+        one, zero = torch.ones(32, 8), torch.zeros(32, 8)
+        for x, _ in batches(20):
+            made = generator(torch.randn(32, 4))
+            loss = given["criterion"](critic(made.detach()), zero)
+            loss = loss + given["criterion"](critic(x), one)
+            other.zero_grad()
+            loss.backward()
+            assert other.step() == loss
+            opt.zero_grad()
+            loss = given["criterion"](critic(made), one)
+            loss.backward()
+            assert opt.step() == loss
+        assert Reason.CONCAVE not in opt.report.counts
+
+    @pytest.mark.parametrize("steps", [0, 12, 20])
+    def test_state_and_groups_that_come_between_backward_and_step(self, steps):
+        model, opt = build()
+        extra = nn.Parameter(torch.zeros(3))
+        saved = copy.deepcopy(opt.state_dict())
+        run(model, opt, batches(steps))
+        opt.zero_grad()
+        ((x, y),) = batches(1)
+        loss = model(x, y)
+        loss.backward()
+        opt.load_state_dict(saved)
+        opt.add_param_group({"params": [extra]})
+        assert opt.step() == loss
+        model(x, y).backward()
+        opt.step()
+        assert opt.report.reason is not Reason.HELD
+
+    def test_parameters_without_values_yet(self):
+        class Lazy(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.net = nn.Sequential(nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+
+        model, opt = build(kind=Lazy)
+        other, reference = build(kind=Lazy, model=None)
+        ended = run(model, opt, batches(10))
+        assert identical(ended, run_with_closure(other, reference, batches(10)))
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    def test_a_traced_export(self):
+        model, opt = build()
+        model.eval()
+        ((x, y),) = batches(1)
+        traced = torch.jit.trace(model, (x, y))
+        assert torch.equal(traced(x, y), model(x, y))
+        loss = model(x, y)
+        loss.backward()
+        assert opt.step() == loss
+
+    def test_evaluation_in_another_thread(self):
+        class Waiting(Classifier):
+            def forward(self, x, y):
+                if not torch.is_grad_enabled():
+                    has_begun.set()
+                    may_end.wait(10.0)
+                return super().forward(x, y)
+
+        def evaluate():
+            with torch.no_grad():
+                model(x, y)
+
+        has_begun, may_end = threading.Event(), threading.Event()
+        model, opt = build(kind=Waiting)
+        model.eval()
+        ((x, y),) = batches(1)
+        thread = threading.Thread(target=evaluate)
+        thread.start()
+        has_begun.wait(10.0)
+        waiting = Waiting.forward
+        model.forward = lambda x, y: (may_end.set(), thread.join(), waiting(model, x, y))[2]
+        loss = model(x, y)
+        del model.forward
+        loss.backward()
+        assert opt.step() == loss
+
+    def test_random_state_that_the_loop_restores(self):
+        model, opt = build()
+        for x, y in batches(5):
+            with torch.random.fork_rng():
+                loss = model(x, y)
+            loss.backward()
+            before = torch.get_rng_state()
+            opt.step()
+            opt.zero_grad()
+            assert torch.equal(before, torch.get_rng_state())
+
+    def test_parameters_that_return_before_the_step_have_not_changed(self):
+        model, opt = build()
+        forwards = []
+        for x, y in batches(6):
+            model(x, y).backward()
+            if len(forwards) % 2:
+                opt.preview(partial(model, x, y)).losses([0.0, 1.0])
+            with opt.averaged(), opt.averaged():
+                pass
+            opt.step()
+            opt.zero_grad()
+            forwards.append(opt.report.forwards)
+        assert max(forwards[1:]) == 2
 
     def test_preview_records_nothing(self):
         model, opt = build()
