@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, field
@@ -13,18 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from quadstep.reshaping import Operation, input_size, operation
 from quadstep.snapshot import GeneratorStates
+
+MAX_OPERATIONS = 16  # between what a call returned and what another takes
 
 _Geometry = tuple[Any, Any, Any]  # sizes, strides and offset
 
 
 class Link(NamedTuple):
-    """An argument that an earlier call returned, or a view of it."""
+    """An argument that an earlier call returned, or that was taken from what it returned."""
 
     call: Call
     number: int  # among the leaves of what it returned
     geometry: _Geometry | None = None  # of a view, its offset from what was returned
-    dtype: torch.dtype | None = None  # that it was cast to
+    operations: Sequence[Operation] = ()  # by which it was copied
 
 
 class _Origin:
@@ -157,10 +160,12 @@ def argument(leaf: Any, outputs: dict[Call, list[Tensor]]) -> Any:
     if not isinstance(leaf, Link):
         return leaf
     tensor = outputs[leaf.call][leaf.number]
-    if leaf.geometry is None:
-        return tensor if leaf.dtype is None else tensor.to(leaf.dtype)
-    size, stride, offset = leaf.geometry
-    return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+    if leaf.geometry is not None:
+        size, stride, offset = leaf.geometry
+        return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+    for step in leaf.operations:
+        tensor = step(tensor)
+    return tensor
 
 
 def mark(output: Tensor, call: Call, number: int, key: object) -> None:
@@ -174,7 +179,7 @@ def mark(output: Tensor, call: Call, number: int, key: object) -> None:
 
 
 def link(tensor: Tensor, key: object) -> Link | None:
-    """Finds the call that returned a tensor, or one of which it is a view or a cast."""
+    """Finds the call that returned a tensor, or one that it was taken from."""
     base = tensor if tensor._base is None else tensor._base
     origin = _origin(base.grad_fn, base.output_nr, key)
     if origin is not None and (call := origin.call()) is not None:
@@ -184,12 +189,24 @@ def link(tensor: Tensor, key: object) -> Link | None:
         is_same = own == origin.geometry
         geometry = None if is_same else (own[0], own[1], own[2] - origin.geometry[2])
         return Link(call, origin.number, geometry)
+    return _copied(tensor, key)
+
+
+def _copied(tensor: Tensor, key: object) -> Link | None:
+    """As `link`, where slices, masks, casts and changes of the shape have copied."""
+    operations: list[Operation] = []
     node: Any = tensor.grad_fn
-    if node.name() == "ToCopyBackward0":
-        source, output = node.next_functions[0]
-        origin = _origin(source, output, key)
+    number, size = tensor.output_nr, tensor.size()
+    while node is not None and len(operations) < MAX_OPERATIONS:
+        step = operation(node, number, size, tensor.dtype)
+        if step is None:
+            return None
+        operations.append(step)
+        size = input_size(node, size)
+        node, number = node.next_functions[0]
+        origin = _origin(node, number, key)
         if origin is not None and (call := origin.call()) is not None:
-            return Link(call, origin.number, dtype=tensor.dtype)
+            return Link(call, origin.number, operations=operations[::-1])
     return None
 
 

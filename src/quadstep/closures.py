@@ -81,7 +81,8 @@ class ClosureEvaluator:
             if not any(param.requires_grad for param in params):
                 raise RuntimeError(
                     "all parameters of the optimizer are frozen; unfreeze those that are to train, "
-                    "param.requires_grad_(True), or give LQA others"
+                    "param.requires_grad_(True), or construct LQA after the model was given "
+                    "adapters (get_peft_model)"
                 )
             raise RuntimeError(
                 "no parameter of the optimizer has a gradient; compute the loss from the "

@@ -99,7 +99,12 @@ def _package(frame: FrameType) -> str:
 
 
 def missing_loss(
-    names: list[str], criterion: object, calls: Sequence[Any], is_computed_outside: bool
+    names: list[str],
+    criterion: object,
+    calls: Sequence[Any],
+    *,
+    is_computed_outside: bool,
+    has_gradients: bool,
 ) -> str:
     """Why recorded calls tell no loss, and what to do.
 
@@ -108,38 +113,65 @@ def missing_loss(
         criterion: the loss module, if there is one.
         calls: what was recorded.
         is_computed_outside: whether code between the calls has made an argument.
+        has_gradients: whether a parameter has one.
     """
-    model = ", ".join(names) or "the functions"
+    source = (
+        f"the model ({', '.join(names)})" if names else "the function that opt.recorded wrapped"
+    )
     otherwise = (
-        "or wrap the function that computes the loss, loss_fn = opt.recorded(loss_fn), or pass "
-        "a closure, opt.step(closure)"
+        "or wrap the function that computes the loss, loss_fn = opt.recorded(loss_fn) (of a "
+        "Trainer: its compute_loss), or pass a closure, opt.step(closure)"
     )
     if not any(call.function is not criterion for call in calls):
+        fix = (
+            "the object that was given as model=, not its forward() or a copy, give the compiled "
+            "module if there is one"
+        )
         return (
-            f"step() without a closure found no call of the model ({model}) with gradients "
-            "enabled since the last step; call the object that was given as model=, not its "
-            f"forward() or a copy, give the compiled module if there is one, {otherwise}"
+            f"step() without a closure found no call of {source} with gradients enabled since the "
+            f"last step; call {fix if names else 'what opt.recorded returned'}, {otherwise}"
+        )
+    if is_computed_outside and not names:
+        return (
+            f"{source} was given a tensor that was computed from the parameters, and LQA cannot "
+            "repeat how; give LQA the model as well, LQA(params, model=model), or wrap a function "
+            "that calls the model itself, or pass a closure, opt.step(closure)"
         )
     if is_computed_outside:
         return (
             "the criterion or a module was given a tensor that was computed from what the "
-            "model returned, and LQA cannot repeat what happened in between; "
-            f"move it into the model or the criterion, {otherwise}"
+            "model returned, and LQA cannot repeat what happened in between; move it into the "
+            "model or the criterion, give LQA the module that did it, model=[model, other], "
+            f"{otherwise}"
         )
     if any(call.loss is not None for call in calls):
+        if not has_gradients:
+            return "no gradient has arrived; call loss.backward() before step()"
         return (
             "backward() was not called on the loss that the model or the criterion returned, "
             f"but on another; call it on that loss, {otherwise}"
         )
     if criterion is not None:
+        name = type(criterion).__name__
+        outputs = [call.output for call in calls if call.function is criterion]
+        if outputs:
+            return (
+                f"criterion ({name}) returned {_described(outputs[-1])}, not a scalar loss; leave "
+                f'its reduction at "mean", {otherwise}'
+            )
         return (
-            f"criterion ({type(criterion).__name__}) was not called with what the model "
-            f"returned; call the object that was given as criterion=, {otherwise}"
+            f"criterion ({name}) was not called with what the model returned; call the object that "
+            f"was given as criterion=, {otherwise}"
         )
-    kind, shape = calls[-1].output or (type(None), None)
-    returned = kind.__name__ if shape is None else f"a tensor of shape {tuple(shape)}"
+    give = "give the loss module that the loop calls, LQA(..., criterion=criterion)"
     return (
-        f"the model ({model}) returned {returned}, in which there is no loss: a "
-        'scalar tensor, .loss, ["loss"] or the first element of a tuple; give the loss module '
-        f"that the loop calls, LQA(..., criterion=criterion), {otherwise}"
+        f"{source} returned {_described(calls[-1].output)}, in which there is no loss: a scalar "
+        'tensor, .loss, ["loss"] or the first element of a tuple; '
+        f"{give if names else 'return the loss first'}, {otherwise}"
     )
+
+
+def _described(output: tuple[type, Any] | None) -> str:
+    """The type and shape of what a call has returned."""
+    kind, shape = output or (type(None), None)
+    return kind.__name__ if shape is None else f"a tensor of shape {tuple(shape)}"

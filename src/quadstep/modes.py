@@ -82,7 +82,11 @@ class AveragedOptimizer(GroupOptimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Puts the weights back from which training continues."""
+        """Puts the weights back from which training continues.
+
+        Example:
+            >>> opt.train()
+        """
         self._adopt()
         if not self._scalars[TRAINING]:
             self.strategies.update.resume(self.param_groups, self.state)

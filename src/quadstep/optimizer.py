@@ -240,6 +240,11 @@ class LQA(AveragedOptimizer):
 
         Example:
             >>> loss = opt.step(lambda: loss_fn(model(x), y))
+
+            Without a closure, where LQA was constructed with `model`:
+
+            >>> model(x, y).loss.backward()
+            >>> loss = opt.step()
         """
         self._adopt()
         if closure is None and is_state_request(self.param_groups, self.state):
@@ -280,7 +285,8 @@ class LQA(AveragedOptimizer):
         is no module.
 
         Args:
-            function: returns the loss as a `model` does. A method of a module belongs to it.
+            function: returns the loss as a `model` does, and calls the model itself or takes what
+                the recorded `model` has returned. A method of a module belongs to it.
 
         Returns:
             The function, to be called in its place.

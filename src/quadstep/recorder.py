@@ -193,7 +193,13 @@ class Recorder:
         if not calls or self._is_computed_outside:
             names = [type(module).__name__ for module in self.modules]
             raise RuntimeError(
-                missing_loss(names, self.criterion, self._calls.recorded, self._is_computed_outside)
+                missing_loss(
+                    names,
+                    self.criterion,
+                    self._calls.recorded,
+                    is_computed_outside=self._is_computed_outside,
+                    has_gradients=bool(gradients_of(self._params)),
+                )
             )
         (first, *others), self._scale = calls, 1.0
         if not others and _is_one(first.weight) and first.loss is not None:

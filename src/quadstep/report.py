@@ -23,8 +23,9 @@ class Report:
         curvature: b of equation (2), in units of the loss per squared rate, likewise.
         rate: the rate in force after the step.
         reason: why the rate is what it is.
-        forwards: evaluations of the closure in `step`.
-        backwards: backward passes in `step`.
+        forwards: forward passes that `step` ran: calls of the closure, or repetitions of the
+            loop's own forward passes, which do not count themselves.
+        backwards: backward passes that `step` ran.
         counts: how many steps ended for each reason since the optimizer was made.
 
     Example:

@@ -85,6 +85,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
         text = page.read_text()
         assert not re.search(r'(?:src|rel="stylesheet" href)="https?://', text), page
         assert "--8&lt;--" not in text, page
+    reference = (tmp_path / "api" / "index.html").read_text()
+    inherited = "averaged averaged_state_dict eval train state_dict load_state_dict add_param_group"
+    public = {name for name in vars(LQA) if name[0] != "_"} | {*inherited.split()}
+    assert {name for name in public if f'id="quadstep.LQA.{name}"' not in reference} == set()
 
 
 def test_the_citation_is_complete():

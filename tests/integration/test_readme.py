@@ -36,6 +36,7 @@ SENTENCES = (
     "gets there in {steps} of the steps",
     "above the best hand-tuned setting on {held_out_losses} of {tasks} tasks",
     "by up to {second_worst} times and by {worst} times on one with badly scaled weights",
+    "{cpu_least} to {cpu_most} times the time of a step of AdamW on a processor",
     "the default takes {h100_least} to {h100_most} times a step of AdamW there",
     "with dropout: {trainer_plateau} of a small BERT end on the first plateau",
     "Of the paper's {claims} claims on the method",
@@ -94,7 +95,9 @@ def recorded() -> dict[str, Any]:
     training, held_out = table(suite, "## Training loss"), table(suite, "## Held-out loss")
     ratios = sorted((float(row[3]) for row in held_out.values()), reverse=True)
     trainer = table((RESULTS / "TRAINER.md").read_text(), "# Trainer")
-    h100 = sorted(costs("cost-cuda.json", "lqa-auto").values())
+    cpu, h100 = (
+        sorted(costs(f"{name}.json", "lqa-auto").values()) for name in ("cost", "cost-cuda")
+    )
     wins = sum(float(row[3]) <= 1.0 for row in training.values())
     assert [wins, sum(ratio <= 1.0 for ratio in ratios)] == [
         int(count) for count in settings["lqa-auto"][3:5]
@@ -114,6 +117,8 @@ def recorded() -> dict[str, Any]:
         "second_worst": f"{ratios[1]}",
         "steps": re.search(r"([\d.]+) of the steps where it is reached", suite)[1],
         "trainer_plateau": trainer["LQA, `Trainer`"][2],
+        "cpu_least": cpu[0],
+        "cpu_most": cpu[-1],
         "h100_least": h100[0],
         "h100_most": h100[-1],
         "claims": sum(int(count) for count in verdicts["lqa-auto"]),

@@ -360,6 +360,17 @@ class TestCallback:
         assert names
         assert all(names <= log.keys() for log in logs)
 
+    def test_leaves_other_optimizers_as_they_are(self, task, tmp_path):
+        model, rows = task
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        options = {"save_strategy": "steps", "save_steps": 20, "max_steps": 20}
+        trainer = trainer_of(model, opt, rows, tmp_path, [LQACallback()], **options)
+        trainer.train()
+        (first, *_) = (log for log in trainer.state.log_history if "learning_rate" in log)
+        # The scheduler is linear.
+        assert first["learning_rate"] == pytest.approx(1e-3 * (1 - 3 / 20), rel=0.1)
+        assert not any(name.startswith("lqa/") for name in first)
+
     def test_saves_the_averaged_weights(self, task, tmp_path):
         model, rows = task
         opt = LQA(model.parameters(), model=model)

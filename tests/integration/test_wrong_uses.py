@@ -168,6 +168,54 @@ def criterion_of_changed_outputs():
         opt.step()
 
 
+def criterion_without_a_reduction():
+    model, criterion = Classifier(), nn.CrossEntropyLoss(reduction="none")
+    opt = LQA(model.parameters(), model=model, criterion=criterion)
+    for x, y in batches(5):
+        opt.zero_grad()
+        criterion(model(x), y).mean().backward()
+        opt.step()
+
+
+def forgotten_backward():
+    model = Classifier()
+    opt = LQA(model.parameters(), model=model)
+    for x, y in batches(5):
+        opt.zero_grad()
+        model(x, y)
+        opt.step()
+
+
+def function_of_outputs_without_the_model():
+    model = Classifier()
+    opt = LQA(model.parameters())
+    loss_fn = opt.recorded(cross_entropy)
+    for x, y in batches(5):
+        opt.zero_grad()
+        loss_fn(model(x), y).backward()
+        opt.step()
+
+
+def function_that_is_called_unwrapped():
+    model = Classifier()
+    opt = LQA(model.parameters())
+    opt.recorded(cross_entropy)
+    for x, y in batches(5):
+        opt.zero_grad()
+        cross_entropy(model(x), y).backward()
+        opt.step()
+
+
+def function_that_returns_the_loss_last():
+    model = Classifier()
+    opt = LQA(model.parameters())
+    loss_fn = opt.recorded(lambda x, y: model(x, y)[::-1])
+    for x, y in batches(5):
+        opt.zero_grad()
+        loss_fn(x, y)[1].backward()
+        opt.step()
+
+
 def criterion_that_is_a_function():
     model = Classifier()
     LQA(model.parameters(), model=model, criterion=cross_entropy)
@@ -220,6 +268,11 @@ ERRORS = [
     (output_without_a_loss, RuntimeError, "LQA(..., criterion=criterion)"),
     (criterion_that_is_not_called, RuntimeError, "call the object that was given as criterion="),
     (criterion_of_changed_outputs, RuntimeError, "move it into the model or the criterion"),
+    (criterion_without_a_reduction, RuntimeError, 'leave its reduction at "mean"'),
+    (forgotten_backward, RuntimeError, "call loss.backward() before step()"),
+    (function_of_outputs_without_the_model, RuntimeError, "LQA(params, model=model)"),
+    (function_that_is_called_unwrapped, RuntimeError, "call what opt.recorded returned"),
+    (function_that_returns_the_loss_last, RuntimeError, "return the loss first"),
     (criterion_that_is_a_function, TypeError, "criterion = nn.CrossEntropyLoss()"),
     (model_that_is_a_function, TypeError, "model must be a module"),
     (criterion_without_a_model, ValueError, "add model=model"),

@@ -15,7 +15,7 @@ class LQACallback(TrainerCallback):
     The trainer works without it, but logs the rate of its scheduler, which is not in force, and
     saves the averaged weights only right after an evaluation. The callback logs the measured rate
     as `learning_rate`, and adds `LQA.metrics()`. A reporter sees the latter if it comes later in
-    `callbacks`; those of `report_to` come first.
+    `callbacks`; those of `report_to` come first. Without an LQA it does nothing.
 
     Example:
         >>> Trainer(model, args, optimizers=(opt, None), callbacks=[LQACallback()])
@@ -32,7 +32,8 @@ class LQACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Lets the scheduler report the rate of the step, which the trainer logs next."""
-        lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+        if _lqa(optimizer) is not None:
+            lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def on_log(
         self,
@@ -45,8 +46,9 @@ class LQACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Adds the metrics to the logs of training."""
-        if "learning_rate" in logs:
-            metrics = _lqa(optimizer).metrics()
+        lqa = _lqa(optimizer)
+        if lqa is not None and "learning_rate" in logs:
+            metrics = lqa.metrics()
             logs.update(metrics)
             state.log_history[-1].update(metrics)
 
@@ -60,8 +62,9 @@ class LQACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Shows the averaged weights if a checkpoint follows; the trainer calls `train()` again."""
-        if control.should_save:
-            optimizer.eval()
+        lqa = _lqa(optimizer)
+        if lqa is not None and control.should_save:
+            lqa.eval()
 
     on_epoch_end = on_step_end
 
@@ -75,9 +78,12 @@ class LQACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Shows the averaged weights."""
-        optimizer.eval()
+        lqa = _lqa(optimizer)
+        if lqa is not None:
+            lqa.eval()
 
 
-def _lqa(optimizer: Any) -> LQA:
-    """The optimizer, which Accelerate has wrapped."""
-    return getattr(optimizer, "optimizer", optimizer)
+def _lqa(optimizer: Any) -> LQA | None:
+    """The optimizer, which Accelerate has wrapped; None if it is another."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, LQA) else None
