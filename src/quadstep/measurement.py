@@ -188,7 +188,7 @@ class StepSearch:
         if samples is None:
             return
         state, self.decision = controller.update(state, self.rate, samples)
-        if self.is_recorded and state.slope_check is not None and state.slope_check.fails:
+        if self.is_recorded and self.evaluator.recorder.slopes.differ(samples):
             self.evaluator.diagnostics.warn("partial")
         self.scalars |= flatten(state, CONTROLLER_STATE) | {DETERMINISM: state.determinism}
         if self.decision.reason is Reason.NON_FINITE and math.isfinite(samples.loss_center):

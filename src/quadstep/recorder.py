@@ -32,6 +32,7 @@ from quadstep.diagnostics import missing_loss
 from quadstep.gradients import gradients_of, mark_arrived
 from quadstep.hooks import CallHooks, Function
 from quadstep.snapshot import GeneratorStates, ModuleTracker, Snapshot, set_generators
+from quadstep.statistics import SlopeComparison
 from quadstep.tensors import full_tensor, is_distributed
 
 
@@ -57,6 +58,7 @@ class Recorder:
         self.is_given = bool(self.modules)  # whether steps need no closure
         self.is_active = self.is_given  # whether calls are recorded, and not only where they start
         self.is_inexact = False  # whether a repetition was seen to return another loss
+        self.slopes = SlopeComparison()
         self.is_trusted = False  # in place of the closure, where gradients are accumulated
         self.measures = True  # whether the next step does
         self.marks = True  # whether the random state is kept at the end of a step and `zero_grad`
