@@ -1,8 +1,5 @@
 """How a step moves the parameters: along its line, or by schedule-free averaging."""
 
-# torch.optim itself is built from the foreach operations, private in name alone.
-# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping

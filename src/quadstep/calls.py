@@ -169,7 +169,7 @@ def argument(leaf: Any, outputs: dict[Call, list[Tensor]]) -> Any:
 
 
 def mark(output: Tensor, call: Call, number: int, key: object) -> None:
-    """Marks the graph of what a call has returned, for `_link` to find."""
+    """Marks the graph of what a call has returned, for `link` to find."""
     origin = _Origin(call, number, output)
     call.graph.append(weakref.ref(origin))
     for tensor in (output, output._base):

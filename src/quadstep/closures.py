@@ -255,16 +255,14 @@ class Probes:
     def run(self, with_gradients: bool) -> Tensor | float:
         """Evaluates the loss once."""
         self.before.restore()
-        recorder = self.evaluator.recorder
-        recorder.count = 0
         torch.clear_autocast_cache()
         with (
+            self.evaluator.recorder.counting(),
             torch.set_grad_enabled(with_gradients),
             self.evaluator.tracker.tracking(self.before, self.params),
         ):
             loss = self.closure()
         check_loss(loss, "closure")
-        recorder.calls_per_closure = recorder.count
         self.dtype, self.count = self.dtype or loss.dtype, self.count + 1
         return reading(loss)
 

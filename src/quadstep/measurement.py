@@ -154,10 +154,10 @@ class StepSearch:
         center, self.closure = self.evaluator.gradient_pass(
             self.closure, self.loss, self.params, self.before
         )
-        # Closures may return one tensor each time, as replayed graphs do.
         if self.loss is not None and self._is_last_of_several(center):
             self.closure, self.loss = self.evaluator.recorder.replay, None
             center = self.evaluator.recorder.loss()
+        # Closures may return one tensor each time, as replayed graphs do.
         self.center = center.clone() if self.is_due else center
         self.decision = Decision(self.rate, 0.0, Reason.HELD)
         # Elsewhere the check waits for the device, which a step without a measurement does not.
@@ -188,8 +188,6 @@ class StepSearch:
         if samples is None:
             return
         state, self.decision = controller.update(state, self.rate, samples)
-        if self.is_recorded and self.evaluator.recorder.slopes.differ(samples):
-            self.evaluator.diagnostics.warn("partial")
         self.scalars |= flatten(state, CONTROLLER_STATE) | {DETERMINISM: state.determinism}
         if self.decision.reason is Reason.NON_FINITE and math.isfinite(samples.loss_center):
             self.before.restore()
@@ -204,8 +202,8 @@ class StepSearch:
         recorder, process_group = self.evaluator.recorder, self.strategies.process_group
         if self.is_due:
             (fraction,) = rank_mean([float(recorder.completes(loss))], loss, process_group)
-            recorder.is_trusted = fraction == 1.0
-        return recorder.is_trusted and recorder.has_loss
+            recorder.replaces_closure = fraction == 1.0
+        return recorder.replaces_closure and recorder.has_loss
 
     def _check_record(self, process_group: ProcessGroup | None) -> None:
         """Skips the measurement on all processes where one of them cannot repeat its calls."""
@@ -239,6 +237,8 @@ class StepSearch:
         if samples.contradicts_gradient and not state.fits:
             change = samples.slope * samples.distance
             diagnostics.warn("constant", loss=samples.loss_center, change=change)
+        if self.is_recorded and self.evaluator.recorder.slopes.differ(samples):
+            diagnostics.warn("partial")
         if unequal is not None:
             expected, repeated = unequal
             self.evaluator.recorder.is_inexact = self.is_recorded

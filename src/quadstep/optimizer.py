@@ -228,8 +228,10 @@ class LQA(AveragedOptimizer):
                 check that it repeats the loss. Update metrics outside the closure. Without one, the
                 caller has run `backward` on the loss of the `model`, whose calls are repeated.
             loss: for the two-phase use: the caller has run `loss.backward()` already, the
-                gradients are taken as they are and the closure is only probed (three times where
-                the step measures). Must be what the closure returns at the same parameters.
+                gradients are taken as they are and the closure is only probed: three times where
+                the step measures, and once or twice more where the random state that the caller's
+                forward pass began with is not found. Must be what the closure returns at the same
+                parameters.
 
         Returns:
             The loss before the step, detached.
@@ -264,8 +266,9 @@ class LQA(AveragedOptimizer):
                     self._set_rates(search.decision.rate)
                 rollback.pop_all()
         except BaseException:
-            # Restored to the same values, as a second try finds them.
-            self._evaluator.recorder.note_parameters(unless=search.is_moved)
+            if not search.is_moved:
+                # A second try finds the parameters restored.
+                self._evaluator.recorder.accept_parameters()
             self._evaluator.tracker.look_again()
             raise
         finally:
@@ -273,7 +276,7 @@ class LQA(AveragedOptimizer):
         self.strategies.schedule.record_step(self._scalars, search.decision, search.center)
         reason = search.decision.reason
         self._last = (search.center, reason, search.forwards, search.backwards)
-        self._evaluator.recorder.marks = loss is not None
+        self._evaluator.recorder.is_two_phase = loss is not None
         self._prepare_recorder()
         self._evaluator.recorder.restart()
         return search.center

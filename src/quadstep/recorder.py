@@ -59,13 +59,13 @@ class Recorder:
         self.is_active = self.is_given  # whether calls are recorded, and not only where they start
         self.is_inexact = False  # whether a repetition was seen to return another loss
         self.slopes = SlopeComparison()
-        self.is_trusted = False  # in place of the closure, where gradients are accumulated
+        self.replaces_closure = False  # which returns the last loss of several accumulated ones
         self.measures = True  # whether the next step does
-        self.marks = True  # whether the random state is kept at the end of a step and `zero_grad`
-        self.calls_per_closure = 0
+        self.is_two_phase = True  # whether the caller may run a closure; unknown at first
         self.before: Snapshot | None = None  # of before the first call
         self.start_failures = 0  # measurements in a row in which none of the `starts` was right
-        self._mark: GeneratorStates | None = None
+        self._generators: GeneratorStates | None = None  # at the last step or `zero_grad`
+        self._calls_per_closure = 0
         self._tracker = tracker
         self._hooks = CallHooks(self._begin, self._end)
         self._calls = Calls()
@@ -81,14 +81,12 @@ class Recorder:
         """Copies and pickles record the copied modules."""
         return Recorder, (self._tracker, self.modules, self.criterion)
 
-    @property
-    def count(self) -> int:
-        """The number of calls since it was set to zero, with gradients enabled or not."""
-        return self._hooks.count
-
-    @count.setter
-    def count(self, value: int) -> None:
-        self._hooks.count = value
+    @contextmanager
+    def counting(self) -> Generator[None]:
+        """Counts the calls that a closure makes, with gradients enabled or not."""
+        self._hooks.count = 0
+        yield
+        self._calls_per_closure = self._hooks.count
 
     def watch(self, modules: Iterable[nn.Module]) -> None:
         """Records the calls of modules from now on."""
@@ -106,9 +104,9 @@ class Recorder:
         return self._hooks.wrap(function)
 
     def prepare(self, params: list[Tensor], measures: bool) -> None:
-        """Is told what the next step moves, and whether it measures."""
+        """Sets what the next step moves, and whether it measures."""
         self._params, self.measures = params, measures
-        self._set_mark()
+        self._keep_generators()
 
     def restart(self) -> None:
         """Drops what is recorded, for the next step."""
@@ -119,7 +117,7 @@ class Recorder:
         """Drops the calls whose gradients have been cleared."""
         self._calls.clear_weights()
         self._calls.drop_used()
-        self._set_mark()
+        self._keep_generators()
 
     @property
     def starts(self) -> tuple[GeneratorStates | None, GeneratorStates | None]:
@@ -128,8 +126,9 @@ class Recorder:
         Those are the state before the first call that it made, and that at the end of the last step
         or at `zero_grad`.
         """
-        calls = self._calls.recorded[-self.calls_per_closure :] if self.calls_per_closure else []
-        return calls[0].generators if calls else None, self._mark
+        count = self._calls_per_closure
+        calls = self._calls.recorded[-count:] if count else []
+        return calls[0].generators if calls else None, self._generators
 
     @property
     def has_loss(self) -> bool:
@@ -147,9 +146,8 @@ class Recorder:
         The gradients of the others were accumulated before.
         """
         calls = self._calls.losses()
-        if len(calls) < 2 or not self.is_complete or self.arguments_changed:
-            return False
-        if self._is_computed_outside:
+        can_replay = self.is_complete and not (self.arguments_changed or self._is_computed_outside)
+        if len(calls) < 2 or not can_replay:
             return False
         given, last, total = (
             float(value) for value in (loss, _single(calls[-1].loss), self.loss())
@@ -227,18 +225,19 @@ class Recorder:
             self._is_replaying = False
         return self._sum(calls, [losses[call] for call in calls])
 
-    def note_parameters(self, unless: bool = False) -> None:
-        """Takes the present parameters for those of the recorded calls, as they are again."""
-        for call in () if unless else self._calls.recorded:
+    def accept_parameters(self) -> None:
+        """Takes the present parameters for those of the recorded calls: their values are equal."""
+        for call in self._calls.recorded:
             call.parameter_versions = self._parameter_versions(call.function)
 
     def hold(self) -> None:
-        """Is told that parameters will be moved, and returned before `release`."""
+        """Expects that parameters move, and return to their values before `release`."""
         self._had_changed = self.parameters_changed
 
     def release(self) -> None:
-        """Is told that they have been returned."""
-        self.note_parameters(unless=self._had_changed)
+        """Accepts the parameters after their return, unless they had changed before."""
+        if not self._had_changed:
+            self.accept_parameters()
 
     @contextmanager
     def paused(self) -> Generator[None]:
@@ -259,9 +258,9 @@ class Recorder:
         is_cleared = all(param.grad is None for param in self._params)
         return is_cleared and not any(map(is_distributed, self._params))
 
-    def _set_mark(self) -> None:
-        is_kept = self.marks and self.measures
-        self._mark = self._tracker.generators(self._params) if is_kept else None
+    def _keep_generators(self) -> None:
+        is_kept = self.is_two_phase and self.measures
+        self._generators = self._tracker.generators(self._params) if is_kept else None
 
     def _own(self, module: nn.Module) -> None:
         self._owners.append(module)
