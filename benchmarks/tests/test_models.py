@@ -165,7 +165,7 @@ def test_there_are_18_competitors_and_3_configurations() -> None:
     assert len(COMPETITORS) == 18
     assert {row.family for row in COMPETITORS.values()} == set(FAMILIES)
     assert COMPETITORS["sgd-nag-0.001"].rate == 0.001
-    assert settings()[-3:] == ("lqa-paper", "lqa", "lqa-auto")
+    assert settings()[-4:] == ("lqa-paper", "lqa", "lqa-auto", "lqa-authors")
     assert set(builders.BUILDERS) == {*settings(), *VARIANTS, *HAND_TUNED, *SCHEDULED}
 
 
@@ -196,13 +196,13 @@ def test_settings_are_what_their_names_say(name: str) -> None:
 def test_a_schedule_warms_up_and_falls(progress: float, share: float) -> None:
     optimizer = builders.build("adamw-cosine-0.01", models.build("mlp-digits"))
     assert isinstance(optimizer, AdamW)
-    builders.schedule("adamw-cosine-0.01", optimizer, progress)
+    builders.schedule("adamw-cosine-0.01", optimizer, 40 * progress, 40)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * share)
 
 
 def test_a_setting_without_a_schedule_keeps_its_rate() -> None:
     optimizer = builders.build("adamw-0.01", models.build("mlp-digits"))
-    builders.schedule("adamw-0.01", optimizer, 0.5)
+    builders.schedule("adamw-0.01", optimizer, 20.0, 40)
     assert optimizer.param_groups[0]["lr"] == 0.01
 
 

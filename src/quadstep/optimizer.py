@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from quadstep import arguments
 from quadstep.averaging import PlainUpdate, ScheduleFree
-from quadstep.checkpoint import TRAINING, clear_scalars, is_state_request
+from quadstep.checkpoint import TRAINING, is_state_request
 from quadstep.closures import Closure, ClosureEvaluator
 from quadstep.controllers import (
     Damping,
+    StepController,
     TrustRegionConfig,
     TrustRegionController,
     VertexController,
@@ -74,6 +75,8 @@ class LQA(AveragedOptimizer):
             repeated without gradients as probes.
         criterion: the loss module that the loop calls with the model's output, where the loss is
             not computed in the model.
+        controller: the rule that makes a rate of the losses on the line, for experiments. By
+            default a `TrustRegionController`.
         lr: None, for frameworks that pass one to every optimizer.
 
     Raises:
@@ -108,6 +111,7 @@ class LQA(AveragedOptimizer):
         process_group: ProcessGroup | None = None,
         model: nn.Module | Iterable[nn.Module] | None = None,
         criterion: nn.Module | None = None,
+        controller: StepController[Any] | None = None,
         lr: None = None,
     ) -> None:
         arguments.check_lr(lr)
@@ -136,7 +140,7 @@ class LQA(AveragedOptimizer):
         own_direction = RMSNormalized(state_dtype=state_dtype) if normalized else Gradient()
         strategies = Strategies(
             own_direction if base is None else OptimizerStep(base),
-            TrustRegionController(config),
+            controller or TrustRegionController(config),
             ScheduleFree(state_dtype=state_dtype) if averaged else PlainUpdate(),
             Schedule(int(every), keeps_losses=averaged),
             process_group,
@@ -177,7 +181,7 @@ class LQA(AveragedOptimizer):
         """
         arguments.check_lr(lr)
         arguments.check_no_optimizer(params)
-        optimizer = cls(
+        return cls(
             params,
             direction="sgd",
             averaging=None,
@@ -185,11 +189,8 @@ class LQA(AveragedOptimizer):
             process_group=process_group,
             model=model,
             criterion=criterion,
+            controller=VertexController(),
         )
-        optimizer.strategies = optimizer.strategies._replace(controller=VertexController())
-        clear_scalars(optimizer._scalars)
-        optimizer._scalars.update(optimizer.strategies.initial_scalars())
-        return optimizer
 
     @property
     def report(self) -> Report:

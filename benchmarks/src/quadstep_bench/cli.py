@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from quadstep_bench.optimizers import CONFIGURATIONS, check_configuration
+from quadstep_bench.optimizers import CONFIGURATIONS, PAPER_CONFIGURATIONS, check_configuration
 
 # Commands import the rest themselves: not all need torch, which takes long.
 from quadstep_bench.runner.files import RecordError
@@ -290,9 +290,9 @@ def report(
             raise typer.TyperException(f"out of date, run quadstep-bench report: {names}")
         return
     written = report.write(records, results)
-    table = Table("claim", "the paper says", *CONFIGURATIONS)
+    table = Table("claim", "the paper says", *PAPER_CONFIGURATIONS)
     for claim, found in written.verdicts:
-        table.add_row(claim.id, claim.text, *(found[name].verdict for name in CONFIGURATIONS))
+        table.add_row(claim.id, claim.text, *(found[name].verdict for name in PAPER_CONFIGURATIONS))
     Console().print(table)
     table = Table("goal", "", "verdict", "measured")
     for goal in suite.goals(written.outcomes):

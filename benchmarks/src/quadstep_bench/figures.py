@@ -36,12 +36,13 @@ class Style:
         return {"color": self.color, "linestyle": self.dashes, "linewidth": self.width}
 
 
-# The colours of Okabe and Ito, which colour-blind readers can tell apart, and two greys. Curves
-# that meet in a panel never share their dashes either, unless one of them is grey.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart, a wine red and two greys.
+# Curves that meet in a panel never share their dashes either, unless one of them is grey.
 LQA = {
     "lqa-paper": Style("#000000", (0, (4, 1, 1, 1, 1, 1))),
     "lqa": Style("#0072B2", (0, (7, 1.5))),
     "lqa-auto": Style("#D55E00", "solid", 2.4),
+    "lqa-authors": Style("#882255", (0, (2, 1, 7, 1))),
 }
 _BY_RATE = {
     0.1: Style("#56B4E9", "dashed"),

@@ -62,24 +62,30 @@ PEERS = {
 
 CONFIGURATIONS = ("lqa-paper", "lqa", "lqa-auto")
 
+PAPER_CONFIGURATIONS = (*CONFIGURATIONS, "lqa-authors")
+"""Those that the paper's claims are decided for; the last has the rules of its authors' code."""
+
 BASES = {"lqa-paper": "sgd", "lqa": "sgd", "lqa-auto": "adamw"}
 """The optimizer of torch that takes steps of the same kind, and that costs are compared with."""
 
 VARIANTS = ("lqa", "lqa-adamw", "lqa-auto-decay")
 """What the suite shows beside `lqa-auto`; the last is that with ten times its weight decay."""
 
-LQA_SETTINGS = frozenset((*CONFIGURATIONS, *VARIANTS))
+CONSTANT_RATES = {f"lqa-constant-{rate}": rate for rate in (0.0001, 0.0003, 0.001, 0.003, 0.01)}
+"""The default's direction and averaging at rates that are not measured."""
+
+LQA_SETTINGS = frozenset((*PAPER_CONFIGURATIONS, *VARIANTS, *CONSTANT_RATES))
 """All that is trained by LQA."""
 
 
 def settings() -> tuple[str, ...]:
     """Names every optimizer setting of the paper's figures, the competitors first."""
-    return (*COMPETITORS, *CONFIGURATIONS)
+    return (*COMPETITORS, *PAPER_CONFIGURATIONS)
 
 
 def suite_settings() -> tuple[str, ...]:
     """Names every optimizer setting of the suite, those of LQA first."""
-    return ("lqa-auto", *VARIANTS, *HAND_TUNED, *SCHEDULED, *PEERS)
+    return ("lqa-auto", *VARIANTS, *CONSTANT_RATES, *HAND_TUNED, *SCHEDULED, *PEERS)
 
 
 def check_optimizer(name: str) -> None:

@@ -9,7 +9,17 @@ from torch.nn import functional
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from quadstep import LQA
-from quadstep_bench.optimizers import HAND_TUNED, PEERS, SCHEDULED, WARM_UP, check_optimizer, peers
+from quadstep.controllers import TrustRegionConfig
+from quadstep_bench.optimizers import (
+    CONSTANT_RATES,
+    HAND_TUNED,
+    PEERS,
+    SCHEDULED,
+    WARM_UP,
+    check_optimizer,
+    peers,
+)
+from quadstep_bench.optimizers.controllers import AuthorsController, ConstantRateController
 from quadstep_bench.optimizers.peers import Loss, Peer
 
 # What the paper leaves open is torch's default.
@@ -23,6 +33,11 @@ _FAMILIES: dict[str, Callable[..., Optimizer]] = {
     "adamw": AdamW,
 }
 
+
+def _constant(rate: float, params: Iterable[Tensor]) -> Optimizer:
+    return LQA(params, delta0=rate, controller=ConstantRateController(TrustRegionConfig()))
+
+
 BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     **{
         name: partial(_FAMILIES[row.family], lr=row.rate)
@@ -30,6 +45,8 @@ BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     },
     "lqa-paper": LQA.paper,
     "lqa": partial(LQA, direction="sgd", averaging=None),
+    "lqa-authors": lambda params: LQA(params, direction="sgd", controller=AuthorsController()),
+    **{name: partial(_constant, rate) for name, rate in CONSTANT_RATES.items()},
     "lqa-adamw": lambda params: LQA(AdamW(params)),
     "lqa-auto": LQA,
     "lqa-auto-decay": partial(LQA, weight_decay=0.1),
@@ -48,16 +65,24 @@ def build(name: str, model: nn.Module, loss: Loss = functional.cross_entropy) ->
     return BUILDERS[name](model.parameters())
 
 
-def schedule(name: str, optimizer: Optimizer | Peer, progress: float) -> None:
-    """Sets the rate of a scheduled setting: a linear warm-up, then half a cosine down to zero.
+def schedule(name: str, optimizer: Optimizer | Peer, epochs: float, total: int) -> None:
+    """Sets what depends on how far a run is, before a step.
+
+    The rate of a scheduled setting rises linearly and then falls to zero by half a cosine.
 
     Args:
-        name: Of the setting; nothing is done for one without a schedule.
+        name: Of the setting; nothing is done for one that depends on nothing.
         optimizer: What `build` made of it.
-        progress: Where the step is in the run, from 0 to 1.
+        epochs: How many epochs the run has behind it, with the part of the present one.
+        total: How many it has in all.
     """
+    if isinstance(optimizer, LQA):
+        controller = optimizer.strategies.controller
+        if isinstance(controller, AuthorsController):
+            controller.epoch = int(epochs)
     if name not in SCHEDULED:
         return
+    progress = epochs / total
     fallen = max(0.0, progress - WARM_UP) / (1.0 - WARM_UP)
     share = min(progress / WARM_UP, 1.0) * 0.5 * (1.0 + math.cos(math.pi * fallen))
     for group in optimizer.param_groups:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from quadstep_bench.curves import FIGURES, describe, title
 from quadstep_bench.markdown import format_table
-from quadstep_bench.optimizers import CONFIGURATIONS, FAMILIES
+from quadstep_bench.optimizers import FAMILIES, PAPER_CONFIGURATIONS
 from quadstep_bench.paper.rules import (
     EVERY,
     LAST_QUARTER,
@@ -235,7 +235,8 @@ def gather_evidence(results: Results) -> Evidence:
 def measure(evidence: Evidence) -> Verdicts:
     """Decides every claim for every configuration."""
     return [
-        (claim, {name: claim.decide(evidence, name) for name in CONFIGURATIONS}) for claim in CLAIMS
+        (claim, {name: claim.decide(evidence, name) for name in PAPER_CONFIGURATIONS})
+        for claim in CLAIMS
     ]
 
 
@@ -290,7 +291,7 @@ def _page(evidence: Evidence, verdicts: Verdicts) -> str:
             recorded = f"Recorded: {describe(curves)}" if curves else "Nothing is recorded yet"
             lines += [f"{recorded}. The paper: {TASKS[task].epochs} epochs.", ""]
         lines += format_table(
-            ["claim", "the paper", "competitors", *CONFIGURATIONS],
+            ["claim", "the paper", "competitors", *PAPER_CONFIGURATIONS],
             [[claim.id, claim.text, *_cells(claim, results)] for claim, results in rows],
         )
         lines += ["", "Rules:", ""]
@@ -306,8 +307,8 @@ def _totals(verdicts: Verdicts) -> list[list[str]]:
     ours = [results for claim, results in verdicts if not claim.rule.competitors]
     alone = [results for claim, results in verdicts if claim.rule.competitors]
     return [
-        *(row(name, (results[name] for results in ours)) for name in CONFIGURATIONS),
-        row("competitors", (results[CONFIGURATIONS[0]] for results in alone)),
+        *(row(name, (results[name] for results in ours)) for name in PAPER_CONFIGURATIONS),
+        row("competitors", (results[PAPER_CONFIGURATIONS[0]] for results in alone)),
     ]
 
 
@@ -318,8 +319,8 @@ def _cells(claim: Claim, results: Mapping[str, Result]) -> list[str]:
         return f"**{result.verdict}**, n = {result.n}: {', '.join(map(str, result.checks))}"
 
     if claim.rule.competitors:
-        return [cell(results[CONFIGURATIONS[0]]), *[""] * len(CONFIGURATIONS)]
-    return ["", *(cell(results[name]) for name in CONFIGURATIONS)]
+        return [cell(results[PAPER_CONFIGURATIONS[0]]), *[""] * len(PAPER_CONFIGURATIONS)]
+    return ["", *(cell(results[name]) for name in PAPER_CONFIGURATIONS)]
 
 
 _SECTIONS = {

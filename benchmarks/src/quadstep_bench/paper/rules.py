@@ -352,7 +352,7 @@ def costs() -> Rule:
         ratios = {
             str(row["model"]): float(row["ratio"])
             for row in evidence.costs
-            if row["optimizer"] == configuration and row["base"] == BASES[configuration]
+            if row["optimizer"] == configuration and row["base"] == BASES.get(configuration)
         }
         if not ratios:
             raise NotRunError

@@ -169,7 +169,7 @@ class Trial:
         for inputs, labels in self._batches(data, self.config.seed):
             # In the middle of the step, so that neither the first nor the last is lost.
             passes = len(self.epochs) - 1 + (seen + len(labels) / 2) / size
-            builders.schedule(self.config.optimizer, self.optimizer, passes / self.config.epochs)
+            builders.schedule(self.config.optimizer, self.optimizer, passes, self.config.epochs)
             seen += len(labels)
             losses.append(self._step(inputs, labels))
             rates.append(self.optimizer.param_groups[0].get("lr", math.nan))
