@@ -253,6 +253,39 @@ def suite(
 
 
 @app.command()
+def selftuning(
+    data: DataOption = None,
+    tasks: NamesOption = None,
+    settings: Annotated[
+        str | None,
+        typer.Option(help="Names with commas between; `baseline` for its trials. All by default."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs of each setting.")] = 3,
+    workers: Annotated[int, typer.Option(min=1, help="How many runs at a time.")] = 1,
+    out: OutOption = OUT,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Trains the runs of the self-tuning benchmark that are missing, held-out results first.
+
+    One frozen setting for all tasks is compared with AdamW that was tuned on each. Stopped at any
+    point, it goes on from there.
+    """
+    from quadstep_bench.selftuning.runs import execute
+
+    with _continued(), _wrong_use("--tasks / --settings"):
+        failures = execute(
+            Results(out, runs),
+            Console(stderr=True),
+            tasks=_names(tasks),
+            settings=_names(settings),
+            seeds=seeds,
+            workers=workers,
+            data_root=data,
+        )
+    _check_failures(failures)
+
+
+@app.command()
 def soak(
     steps: Annotated[int, typer.Option(min=10, help="How many steps a run takes.")] = 20_000,
     seeds: Annotated[int, typer.Option(min=1, help="How many runs without faults.")] = 3,
@@ -306,12 +339,22 @@ def _train(wanted: Sequence[Config], collection: Collection, **options: Any) -> 
     """Trains what is missing of some runs, and ends the command where that does not succeed."""
     from quadstep_bench.runner import parallel
 
+    with _continued(), _wrong_use():
+        failures = parallel.execute(wanted, collection, **options)
+    _check_failures(failures)
+
+
+@contextmanager
+def _continued() -> Generator[None]:
+    """Tells who interrupts a command that it can be taken up again."""
     try:
-        with _wrong_use():
-            failures = parallel.execute(wanted, collection, **options)
+        yield
     except KeyboardInterrupt as interrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         raise typer.Exit(130) from interrupt
+
+
+def _check_failures(failures: int) -> None:
     if failures:
         raise typer.TyperException(f"{failures} runs failed; the same command tries them again")
 

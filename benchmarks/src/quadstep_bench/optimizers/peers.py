@@ -89,7 +89,7 @@ class Peer:
             setattr(self.optimizer, name, state["hidden"][name])
 
 
-class _ScheduleFree(Peer):
+class ScheduleFreePeer(Peer):
     """Evaluates at the average, where batch normalisation needs separate statistics."""
 
     def __init__(self, optimizer: Any, model: nn.Module, loss: Loss) -> None:
@@ -98,6 +98,7 @@ class _ScheduleFree(Peer):
 
     @torch.no_grad()
     def eval(self) -> None:
+        """Shows the average, and measures its statistics for batch normalisation."""
         self.optimizer.eval()
         if _has_batch_norm(self._model):
             self._model.train()
@@ -105,10 +106,11 @@ class _ScheduleFree(Peer):
                 self._model(inputs)
 
     def train(self) -> None:
+        """Goes back to where gradients are taken."""
         self.optimizer.train()
 
 
-class _Momo(Peer):
+class MomoPeer(Peer):
     """Is told the loss."""
 
     hidden = ("loss_avg", "lb", "_number_steps")
@@ -186,8 +188,15 @@ def _has_batch_norm(model: nn.Module) -> bool:
     return any(name.endswith("running_mean") for name, _ in model.named_buffers())
 
 
-def _plain(driver: type[Peer], module: str, name: str, model: nn.Module, loss: Loss) -> Peer:
-    return driver(getattr(import_module(module), name)(model.parameters()), model, loss)
+def drive(
+    driver: type[Peer], module: str, name: str, model: nn.Module, loss: Loss, **options: Any
+) -> Peer:
+    """Builds the optimizer of a module for a model, and what drives it."""
+    params = [param for param in model.parameters() if param.requires_grad]
+    # Some print what they are.
+    with redirect_stdout(io.StringIO()):
+        optimizer = getattr(import_module(module), name)(params, **options)
+    return driver(optimizer, model, loss)
 
 
 def _dog(name: str, model: nn.Module, loss: Loss) -> Peer:
@@ -203,16 +212,16 @@ def _gen(model: nn.Module, loss: Loss) -> Peer:
 
 
 _BUILDERS: dict[str, Callable[[nn.Module, Loss], Peer]] = {
-    "schedulefree-adamw": partial(_plain, _ScheduleFree, "schedulefree", "AdamWScheduleFree"),
-    "schedulefree-radam": partial(_plain, _ScheduleFree, "schedulefree", "RAdamScheduleFree"),
-    "prodigy": partial(_plain, Peer, "prodigyopt", "Prodigy"),
-    "dadapt-adam": partial(_plain, Peer, "dadaptation", "DAdaptAdam"),
+    "schedulefree-adamw": partial(drive, ScheduleFreePeer, "schedulefree", "AdamWScheduleFree"),
+    "schedulefree-radam": partial(drive, ScheduleFreePeer, "schedulefree", "RAdamScheduleFree"),
+    "prodigy": partial(drive, Peer, "prodigyopt", "Prodigy"),
+    "dadapt-adam": partial(drive, Peer, "dadaptation", "DAdaptAdam"),
     "gen": _gen,
-    "momo": partial(_plain, _Momo, "momo", "Momo"),
-    "momo-adam": partial(_plain, _Momo, "momo", "MomoAdam"),
+    "momo": partial(drive, MomoPeer, "momo", "Momo"),
+    "momo-adam": partial(drive, MomoPeer, "momo", "MomoAdam"),
     "dog": partial(_dog, "DoG"),
     "ldog": partial(_dog, "LDoG"),
-    "cocob": partial(_plain, Peer, "parameterfree", "COCOB"),
+    "cocob": partial(drive, Peer, "parameterfree", "COCOB"),
 }
 
 

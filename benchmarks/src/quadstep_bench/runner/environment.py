@@ -45,21 +45,21 @@ SOURCES = hash_sources({path.name: path.read_bytes() for path in _library().glob
 """The hash of the library's modules as they were when this process began."""
 
 
-def environment(*, threads: int, device: str, optimizer: str = "") -> Environment:
+def environment(*, threads: int, device: str, package: str | None = None) -> Environment:
     """Describes what a measurement depends on.
 
     Args:
         threads: How many threads torch computes in.
         device: Where it computes, in torch's words.
-        optimizer: The setting that is trained, whose package's version matters if it is a peer.
+        package: A further distribution whose version matters, as that of a peer.
     """
     library, own = _library(), Path(__file__).parents[1]
     # Only a revision that tracks this very library says what ran: an installed copy may happen to
     # lie inside the checkout of some other project.
     tracked = _git(library, "ls-files", "__init__.py")
     packages = ["quadstep", "torch", "numpy"]
-    if optimizer in PEERS:
-        packages.append(PEERS[optimizer])
+    if package is not None:
+        packages.append(package)
     return {
         "revision": _git(library, "rev-parse", "HEAD") if tracked else None,
         "dirty": bool(
@@ -89,8 +89,8 @@ def check_installed(optimizers: Iterable[str]) -> None:
     Args:
         optimizers: Names of settings; all but peers come with what is installed anyway.
     """
-    missing = {name: PEERS[name] for name in optimizers if name in PEERS}
-    missing = {name: package for name, package in missing.items() if version(package) is None}
+    needed = {name: PEERS[name] for name in optimizers if name in PEERS}
+    missing = {name: package for name, package in needed.items() if version(package) is None}
     if missing:
         raise ValueError(
             f"{', '.join(sorted(set(missing.values())))} not installed: run pip install "

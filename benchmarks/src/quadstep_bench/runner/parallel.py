@@ -70,7 +70,7 @@ def execute(
     # An epoch may take minutes: the speed is not to be forgotten between two of them.
     with (
         Progress(*columns, speed_estimate_period=3600) as progress,
-        _pool(workers) as (pool, reports),
+        worker_pool(workers) as (pool, reports),
     ):
         display = _ProgressDisplay(progress, todo)
         pending = {
@@ -138,7 +138,7 @@ class _ProgressDisplay:
 
 
 @contextmanager
-def _pool(workers: int) -> Generator[tuple[ProcessPoolExecutor, Reports]]:
+def worker_pool(workers: int) -> Generator[tuple[ProcessPoolExecutor, Reports]]:
     """Keeps worker processes that end when this one does, and at once when it is interrupted."""
     context = multiprocessing.get_context("spawn")
     reports: Reports = context.SimpleQueue()

@@ -8,7 +8,7 @@ A line holds the configuration, the outcome, the hash of the environment and the
 from 0 (before training) on. Numbers that are not finite are written as null and read as nan.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -211,6 +211,12 @@ def parse_config(row: Row) -> Config:
     return Config(**{field.name: row[field.name] for field in fields(Config)})
 
 
+def identify(row: Row) -> tuple[Any, ...]:
+    """What tells the row of a run from those of others, and sorts them."""
+    config = parse_config(row)
+    return (config.task, *config.identity)
+
+
 def _epoch(row: Row, index: int) -> Epoch:
     def reasons() -> Iterable[tuple[str, int]]:
         for reason, counts in row["reasons"].items():
@@ -254,7 +260,13 @@ class Results:
         path = self.root / "environments.json"
         return read_json(path) if path.exists() else {}
 
-    def merge(self, row: Row, path: Path, environments: Iterable[Environment]) -> None:
+    def merge(
+        self,
+        row: Row,
+        path: Path,
+        environments: Iterable[Environment],
+        identify: Callable[[Row], tuple[Any, ...]] = identify,
+    ) -> None:
         """Adds the row of a run to a file of rows, one a run, sorted by what identifies runs.
 
         Of two rows of a run that with more epochs stays. A process that is killed meanwhile leaves
@@ -264,6 +276,7 @@ class Results:
             row: The row.
             path: The file.
             environments: What its hashes stand for.
+            identify: Tells from a row which run it is of.
 
         Raises:
             RecordError: What is there already cannot be read; it stays as it is.
@@ -274,11 +287,11 @@ class Results:
             rows: dict[Any, Row] = {}
             for line, present in enumerate(read_rows(path), start=1):
                 try:
-                    rows[_order(present)] = present
+                    rows[identify(present)] = present
                 except (KeyError, TypeError, ValueError) as error:
                     raise damaged(path, line, error) from error
-            place = _order(row)
-            if place in rows and rows[place]["epochs"] > row["epochs"]:
+            place = identify(row)
+            if place in rows and rows[place].get("epochs", 0) > row.get("epochs", 0):
                 return
             # Before the row that refers to them.
             self._remember(environments)
@@ -301,11 +314,6 @@ class Results:
         together = known | {key(environment): environment for environment in environments}
         if together != known:
             write_json(dict(sorted(together.items())), path)
-
-
-def _order(row: Row) -> tuple[Any, ...]:
-    config = parse_config(row)
-    return (config.task, *config.identity)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from quadstep import LQA
-from quadstep_bench.optimizers import builders, check_optimizer
+from quadstep_bench.optimizers import PEERS, builders, check_optimizer
 from quadstep_bench.optimizers.peers import Loss, Peer
 from quadstep_bench.runner.environment import Environment, environment
 from quadstep_bench.runner.files import replacing
@@ -118,9 +118,14 @@ def step(
     criterion: Loss = functional.cross_entropy,
 ) -> Tensor:
     """Takes a step on a batch and returns the loss before it, detached."""
+    return take_step(optimizer, lambda: criterion(model(inputs), labels))
+
+
+def take_step(optimizer: Optimizer | Peer, forward: Callable[[], Tensor]) -> Tensor:
+    """Takes a step to lower the loss that a function computes, and returns it as it was before."""
 
     def closure() -> Tensor:
-        loss = criterion(model(inputs), labels)
+        loss = forward()
         if not isinstance(optimizer, (LQA, Peer)):
             optimizer.zero_grad()
             loss.backward()
@@ -129,6 +134,14 @@ def step(
     # Torch declares closures that return floats, and passes on whatever they return.
     take: Any = optimizer.step
     return take(closure).detach()
+
+
+def passes_of(optimizer: Optimizer | Peer) -> tuple[int, int]:
+    """The forward and backward passes of the last step."""
+    if isinstance(optimizer, LQA):
+        report = optimizer.report
+        return report.forwards, report.backwards
+    return optimizer.forwards if isinstance(optimizer, Peer) else 1, 1
 
 
 class Trial:
@@ -141,7 +154,7 @@ class Trial:
         self.model = models.build(config.task).to(device)
         self.optimizer = builders.build(config.optimizer, self.model, self.loss)
         self.environment = environment(
-            threads=torch.get_num_threads(), device=device, optimizer=config.optimizer
+            threads=torch.get_num_threads(), device=device, package=PEERS.get(config.optimizer)
         )
         self.data: str | None = None
         self.resumed: list[tuple[int, Environment]] = []
@@ -174,13 +187,10 @@ class Trial:
             losses.append(self._step(inputs, labels))
             rates.append(self.optimizer.param_groups[0].get("lr", math.nan))
             if isinstance(self.optimizer, LQA):
-                report = self.optimizer.report
-                reasons[report.reason.value] += 1
-                self.forwards += report.forwards
-                self.backwards += report.backwards
-            else:
-                self.forwards += self.optimizer.forwards if isinstance(self.optimizer, Peer) else 1
-                self.backwards += 1
+                reasons[self.optimizer.report.reason.value] += 1
+            forwards, backwards = passes_of(self.optimizer)
+            self.forwards += forwards
+            self.backwards += backwards
         # The device is waited for here alone, within the time measured.
         self.lost = not torch.stack(losses).isfinite().any().item()
         self.seconds += time.perf_counter() - started

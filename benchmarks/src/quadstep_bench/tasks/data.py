@@ -147,9 +147,8 @@ def _cached(name: DataName, root: Path | None) -> Data:
     folder = None if root is None else root / name
     if folder is not None and not folder.is_dir():
         raise DataError(_unavailable(name, f"there is no folder {folder}"))
-    cache = Path(os.environ.get("QUADSTEP_CACHE", Path.home() / ".cache" / "quadstep"))
     # Named by contents: what is found under this name is right wherever it came from.
-    path = cache / f"{name}-{source.digest[:16]}.pt"
+    path = cache() / f"{name}-{source.digest[:16]}.pt"
     # Whatever a missing or damaged file raises, the data set is decoded again.
     with suppress(Exception):
         data = Data(**torch.load(path, weights_only=True))
@@ -165,6 +164,11 @@ def _cached(name: DataName, root: Path | None) -> Data:
     with suppress(OSError, RuntimeError), replacing(path) as file:
         torch.save({field.name: getattr(data, field.name) for field in fields(data)}, file)
     return data
+
+
+def cache() -> Path:
+    """The folder of what takes long to make: QUADSTEP_CACHE, by default ~/.cache/quadstep."""
+    return Path(os.environ.get("QUADSTEP_CACHE", Path.home() / ".cache" / "quadstep"))
 
 
 def _decode(name: DataName, source: str) -> Data:
@@ -290,14 +294,20 @@ def _windows(modules: Sequence[str], number: int) -> Tensor:
             f"cannot load text: {error}. It is taken from the sources of Python's standard "
             "library: use a Python that has them as files"
         ) from error
+    codes = characters(text)
+    starts = torch.linspace(0, len(codes) - CONTEXT - 1, number, dtype=torch.float64).long()
+    return codes[starts.unsqueeze(1) + torch.arange(CONTEXT + 1)]
+
+
+def characters(text: str) -> Tensor:
+    """Numbers the characters of a text, one dimension, below `CHARACTERS`."""
     # Space is 0 and the other printable characters follow; what is none of them becomes a question
     # mark, and the end of a line comes last.
-    characters = torch.frombuffer(bytearray(text.encode("ascii", "replace")), dtype=torch.uint8)
+    values = torch.frombuffer(bytearray(text.encode("ascii", "replace")), dtype=torch.uint8)
     codes = torch.full((256,), ord("?") - 32)
     codes[32:127] = torch.arange(CHARACTERS - 1)
     codes[ord("\n")] = CHARACTERS - 1
-    starts = torch.linspace(0, len(characters) - CONTEXT - 1, number, dtype=torch.float64).long()
-    return codes[characters[starts.unsqueeze(1) + torch.arange(CONTEXT + 1)].long()]
+    return codes[values.long()]
 
 
 _EMBEDDED: dict[DataName, Callable[[], Data]] = {
