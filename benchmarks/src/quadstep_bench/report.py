@@ -65,6 +65,7 @@ def write(results: Results, out: Path) -> Report:
     ]
     if outcomes:
         files += figures.draw_suite(outcomes, out / "figures")
+    files += figures.draw_constant_rates(outcomes, out / "figures")
     return Report(verdicts, outcomes, files)
 
 
