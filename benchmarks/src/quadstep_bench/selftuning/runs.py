@@ -73,8 +73,11 @@ class Run:
 
 
 def entrant_runs(tasks: Sequence[str], settings: Sequence[str], seeds: int = SEEDS) -> list[Run]:
-    """Lists the runs of settings, all tasks for one seed before the next seed."""
-    return [Run(task, name, seed) for seed in range(seeds) for name in settings for task in tasks]
+    """Lists the runs of settings, all for one seed before the next seed.
+
+    Those of a task come together: what else the machine does then slows all settings alike.
+    """
+    return [Run(task, name, seed) for seed in range(seeds) for task in tasks for name in settings]
 
 
 def trial_runs(tasks: Sequence[str]) -> list[Run]:
