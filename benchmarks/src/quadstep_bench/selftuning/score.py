@@ -233,6 +233,17 @@ class Comparison:
             resampling.estimate(np.array(ratios["best"]), np.exp),
         )
 
+    def times(self, measure: Measure, clock: Clock = "passes") -> Array:
+        """When the median run reaches each target, in budgets; infinite if never."""
+        return np.array(
+            [
+                np.median(each.runs[self.setting].time(measure, each.target(measure), clock))
+                / each.budget(clock)
+                for each in self.scores
+                if math.isfinite(each.target(measure))
+            ]
+        )
+
     def test(self, what: Literal["final", "best"], kind: Literal["loss", "error"]) -> Estimate:
         """The geometric mean of test losses or errors over those of the baseline."""
         pairs = [
