@@ -73,8 +73,11 @@ class Run:
 
 
 def entrant_runs(tasks: Sequence[str], settings: Sequence[str], seeds: int = SEEDS) -> list[Run]:
-    """Lists the runs of settings, all tasks for one seed before the next seed."""
-    return [Run(task, name, seed) for seed in range(seeds) for name in settings for task in tasks]
+    """Lists the runs of settings, all for one seed before the next seed.
+
+    Those of a task come together: what else the machine does then slows all settings alike.
+    """
+    return [Run(task, name, seed) for seed in range(seeds) for task in tasks for name in settings]
 
 
 def trial_runs(tasks: Sequence[str]) -> list[Run]:
@@ -120,7 +123,7 @@ def _identify(row: Row) -> tuple[Any, ...]:
     return row["task"], row["setting"], row["seed"]
 
 
-def winner(records: dict[Run, Row], task: str) -> str | None:
+def winner(records: Mapping[Run, Row], task: str) -> str | None:
     """The trial with the lowest final validation loss; `None` before all have ended."""
     runs = {name: records.get(Run(task, name, TRIAL_SEED)) for name in BASELINE}
     losses = {name: final(row) for name, row in runs.items() if row is not None}
