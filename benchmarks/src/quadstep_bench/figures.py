@@ -70,7 +70,7 @@ _BY_FAMILY = {
     "adam": Style("#666666", "dotted", 2.2),
 }
 
-_SETTINGS: Any = {
+SETTINGS: Any = {
     "font.size": 10.5,
     "figure.titlesize": 12,
     "axes.titlesize": 11.5,
@@ -84,6 +84,7 @@ _SETTINGS: Any = {
     # Without this the names of the elements of an SVG file are random.
     "svg.hashsalt": "quadstep",
 }
+"""The settings of matplotlib that all pictures are drawn with."""
 
 Curves = Mapping[str, Curve]
 
@@ -100,7 +101,7 @@ def draw(records: Sequence[Record], out: Path) -> list[Path]:
     """
     tasks = {task: curves for task in FIGURES.values() if (curves := gather(records, task))}
     measured = {task: curves for task, curves in tasks.items() if not LQA.keys().isdisjoint(curves)}
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         pictures = {
             f"figure-{figure}": _losses(f"Figure {figure}: {title(task)}", tasks[task])
             for figure, task in FIGURES.items()
@@ -109,7 +110,7 @@ def draw(records: Sequence[Record], out: Path) -> list[Path]:
         if measured:
             pictures["rates"] = _rates(measured)
         return [
-            _save(picture, out / f"{name}.{suffix}")
+            save(picture, out / f"{name}.{suffix}")
             for name, picture in pictures.items()
             for suffix in ("png", "svg")
         ]
@@ -125,7 +126,7 @@ def summarise(records: Sequence[Record], task: str, path: Path) -> Path:
         if members
     }
     styles |= {name: style for name, style in LQA.items() if name in curves}
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
         figure.suptitle(f"{title(task)}\n{_caption(curves)}")
         losses, rates = figure.subplots(1, 2)
@@ -138,7 +139,7 @@ def summarise(records: Sequence[Record], task: str, path: Path) -> Path:
         _plot_rates(rates, curves)
         named = {display(name): style for name, style in styles.items()}
         _legend(figure, "outside lower center", named)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 _ROLES: dict[str, Any] = {
@@ -235,7 +236,7 @@ def _save_ratios(
     path: Path,
 ) -> list[Path]:
     """Draws two panels of ratios, a row a task, and the later styles above the earlier."""
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(11, 2.2 + 0.32 * len(tasks)), layout="constrained")
         figure.suptitle(heading)
         axes = figure.subplots(1, 2, sharey=True)
@@ -245,7 +246,7 @@ def _save_ratios(
         axes[0].invert_yaxis()
         handles = [Line2D([], [], linestyle="", label=name, **styles[name]) for name in styles]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        return [_save(figure, path.with_suffix(suffix)) for suffix in (".png", ".svg")]
+        return [save(figure, path.with_suffix(suffix)) for suffix in (".png", ".svg")]
 
 
 def _plot_ratios(axes: Axes, heading: str, rows: Sequence[Dots], styles: Mapping[str, Any]) -> None:
@@ -388,7 +389,8 @@ def _members(curves: Curves, family: str) -> list[Curve]:
     return [curves[name] for name in names if name in curves]
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a picture such that the same picture is the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A date would make every drawing of the same records a new file.
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)

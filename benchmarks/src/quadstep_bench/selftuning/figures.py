@@ -1,5 +1,8 @@
 """The picture of the self-tuning benchmark."""
 
+# matplotlib is not typed throughout.
+# pyright: reportUnknownMemberType=false
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,10 @@ _STYLES: dict[str, Any] = {
 }
 _PEERS = ("#009E73", "#56B4E9", "#CC79A7", "#E69F00", "#882255", "#666666", "#999999")
 _GROUPS: dict[str, Any] = {
-    "from scratch": {"marker": "o", "color": "#009E73"},
-    "fine-tuning": {"marker": "s", "color": "#CC79A7"},
-    "awkward": {"marker": "^", "color": "#56B4E9"},
+    group: {"marker": marker, "color": color, "linestyle": "", "fillstyle": "none"}
+    for group, marker, color in zip(
+        GROUPS, ("o", "s", "^"), ("#009E73", "#CC79A7", "#56B4E9"), strict=True
+    )
 }
 
 
@@ -63,7 +67,7 @@ def _plot_profiles(axes: Axes, compared: dict[str, Comparison]) -> None:
     for name, comparison in compared.items():
         times = np.sort(comparison.times("validation_loss"))
         shares = np.arange(1, len(times) + 1) / len(times)
-        style = _STYLES.get(name) or {"color": next(peers), "linewidth": 1.2}
+        style: dict[str, Any] = _STYLES.get(name) or {"color": next(peers), "linewidth": 1.2}
         known = np.isfinite(times)
         end = np.append(times[known], 1.5)
         heights = np.append(shares[known], shares[known][-1:] if known.any() else [0.0])
@@ -85,9 +89,9 @@ def _plot_ratios(axes: Axes, compared: dict[str, Comparison]) -> None:
             part = [each for each in compared[name].scores if TASKS[each.task].group == group]
             if part:
                 value = Comparison(name, part).score("validation_loss").final.value
-                axes.plot(value, row, linestyle="", markersize=5, fillstyle="none", **_GROUPS[group])
+                axes.plot(value, row, **_GROUPS[group])
     for group, style in _GROUPS.items():
-        axes.plot([], [], linestyle="", markersize=5, fillstyle="none", label=group, **style)
+        axes.plot([], [], label=group, **style)
     axes.plot([], [], "D", color="#D55E00", markersize=7, label="all, 95% interval")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
