@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from quadstep_bench.figures import SETTINGS, save
 from quadstep_bench.selftuning.entrants import ENTRANTS
@@ -95,4 +96,7 @@ def _plot_ratios(axes: Axes, compared: dict[str, Comparison]) -> None:
     axes.plot([], [], "D", color="#D55E00", markersize=7, label="all, 95% interval")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.legend(fontsize=8.5, loc="lower right")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize=8.5, loc="upper right")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadstep_bench.runner.files import RecordError, Row, number
-from quadstep_bench.selftuning.problem import TASKS
+from quadstep_bench.selftuning.problem import GROUPS, TASKS
 from quadstep_bench.selftuning.runs import TRIAL_SEED, Run, winner
 
 Array = NDArray[np.float64]
@@ -127,7 +127,7 @@ def gather(records: Mapping[Run, Row]) -> list[TaskScores]:
         RecordError: Runs of one task were trained on different data.
     """
     found: list[TaskScores] = []
-    for task in TASKS:
+    for task in sorted(TASKS, key=lambda name: GROUPS.index(TASKS[name].group)):
         trial = winner(records, task)
         own = {run: row for run, row in records.items() if run.task == task}
         digests = {row["data"] for row in own.values()}
