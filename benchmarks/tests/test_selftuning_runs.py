@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,8 @@ def test_all_settings_start_from_the_same_weights_and_see_the_same_batches(
     for start in range(0, len(seen), 12):
         assert all(map(torch.equal, seen[start : start + 12], seen[:12]))
     assert len(seen) == 12 * len(names)
+    train(Run("bandit-digits", "adamw", 1))
+    assert not any(map(torch.equal, seen[-12:], seen[:12]))
 
 
 def test_dropout_is_off_in_evaluations_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +162,35 @@ def test_dropout_is_off_in_evaluations_alone(monkeypatch: pytest.MonkeyPatch) ->
     for setting in ("lqa-auto", "adamw", "schedulefree-adamw"):
         train(Run("graph-digits", setting, 0))
     assert modes == {("evaluation", False), ("step", True)}
+
+
+@pytest.mark.parametrize("setting", ["lqa-auto", "adamw", "schedulefree-adamw"])
+def test_evaluations_are_at_the_average_of_who_has_one(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch, 24, TASK)
+    seen: list[tuple[bool, Tensor]] = []
+
+    def spied(problem: Problem) -> Problem:
+        def measure(model: nn.Module, batch: Columns) -> tuple[Tensor, Tensor]:
+            weight = next(model.parameters())
+            seen.append((model.training, weight.detach().clone()))
+            return problem.measure(model, batch)
+
+        return replace(problem, measure=measure)
+
+    change(monkeypatch, TASK, spied)
+    train(Run(TASK, setting, 0))
+    # An evaluation, and the first pass of the step after it.
+    pairs = [
+        (before, after)
+        for (evaluated, before), (in_training, after) in pairwise(seen)
+        if in_training and not evaluated
+    ]
+    equal = [torch.equal(*pair) for pair in pairs]
+    assert equal[0]
+    assert len(equal) == 12
+    assert set(equal[2:]) == {setting == "adamw"}
 
 
 @pytest.mark.parametrize("setting", ["lqa-auto", "adamw", "schedulefree-adamw"])
@@ -405,7 +437,7 @@ def test_a_damaged_line_is_named_and_kept(
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_the_runs_it_had(tmp_path: Path) -> None:
-    """In processes of their own: what had ended stays as it is, and the rest is trained then."""
+    """In separate processes: what had ended stays as it is, and the rest is trained then."""
     records = Records(results_in(tmp_path))
     others = multiprocessing.active_children()
 
