@@ -98,7 +98,8 @@ ENTRANTS: dict[str, Setting] = {
             betas=(0.9090935, 0.9988983),
             weight_decay=0.0812162,
             decoupled_weight_decay=True,
-            # The submission has a constant momentum; torch's rises to it, here at once.
+            # The submission has a constant momentum; torch's rises to it, here at once. What is
+            # left is the bias correction of the momentum, which in torch is a step ahead.
             momentum_decay=1e6,
         ),
         partial(cosine, warm_up=0.1),
@@ -175,7 +176,7 @@ WARM_UPS = (0.0, 0.02, 0.05, 0.1)
 
 
 def _trials() -> dict[str, Setting]:
-    """Draws the trials, always the same; half of them with cosine, the others constant."""
+    """Draws the trials, always the same; cosine and constant are equally likely."""
     dice = np.random.default_rng(0)
     found: dict[str, Setting] = {}
     for index in range(TRIALS):
