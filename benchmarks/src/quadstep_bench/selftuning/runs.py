@@ -107,6 +107,7 @@ class Records:
             for line, row in enumerate(read_rows(path), start=1):
                 try:
                     run = Run(*_identify(row))
+                    final(row)
                     if row["steps"] == TASKS[run.task].steps and run.setting in SETTINGS:
                         found[run] = row
                 except (KeyError, TypeError) as error:
