@@ -106,9 +106,10 @@ class Records:
             path = self.path(group)
             for line, row in enumerate(read_rows(path), start=1):
                 try:
-                    run = Run(*_identify(row))
+                    run, steps = Run(*_identify(row)), row["steps"]
+                    # One that cannot be ranked is damaged, too.
                     final(row)
-                    if row["steps"] == TASKS[run.task].steps and run.setting in SETTINGS:
+                    if steps == TASKS[run.task].steps and run.setting in SETTINGS:
                         found[run] = row
                 except (KeyError, TypeError) as error:
                     raise damaged(path, line, error) from error
