@@ -66,7 +66,7 @@ def test_the_time_to_a_target_is_interpolated() -> None:
     runs = Runs((row([4.0, 2.0, 1.0]), row([4.0, 3.0, 2.5]), row([0.5, 0.4, 0.3])))
     # A step counts three passes, and evaluations are four steps apart.
     assert runs.time("validation_loss", 1.5, "passes") == pytest.approx([12 * 1.5, math.inf, 0.0])
-    assert runs.time("validation_loss", 2.0, "seconds") == pytest.approx([2.0, math.inf, 0.0])
+    assert runs.time("validation_loss", 2.0, "steps") == pytest.approx([4.0, math.inf, 0.0])
     assert runs.total("passes").tolist() == [24.0] * 3
 
 
@@ -102,9 +102,10 @@ def test_a_score_by_hand() -> None:
     assert score.speed_up.value == pytest.approx(2.0)
     assert score.final.value == pytest.approx(4.0 / 2.0)
     assert score.best.value == pytest.approx(2.0 / 2.0)
-    seconds = Comparison("adamw", scores).score("validation_loss", "seconds")
-    assert seconds.speed_up.value == pytest.approx(2.0)
-    assert Comparison("adamw", scores).cost("passes") == 1.0
+    # A step that takes twice as long takes away what half the steps gain.
+    timed = Comparison("adamw", scores).score("validation_loss", {TASK: 2.0})
+    assert timed.speed_up.value == pytest.approx(1.0)
+    assert Comparison("adamw", scores).passes() == 1.0
 
 
 def test_a_target_that_is_not_reached_counts_as_four_budgets() -> None:
@@ -223,7 +224,8 @@ def complete() -> dict[Run, Row]:
 
 
 def test_the_report(complete: dict[Run, Row], tmp_path: Path) -> None:
-    files = page.write(gather(complete), tmp_path, "\n## Provenance\n")
+    pace = {name: {TASK: 1.5} for name in ENTRANTS}
+    files = page.write(gather(complete), tmp_path, pace, "\n## Provenance\n")
     assert [file.name for file in files] == ["SELFTUNING.md", "selftuning.json"]
     text = files[0].read_text()
     headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
@@ -234,11 +236,17 @@ def test_the_report(complete: dict[Run, Row], tmp_path: Path) -> None:
     assert f"| `lqa-auto` | 0 of 2 (0 to 0) | 0 (0 to 0) | {1 / HORIZON:g} (" in text
     assert "| few-data | 2.01 | 1.05 (1.05) |" in text
     assert "Recorded: 2 of 24 tasks." in text
+    assert "| `lqa-auto` | 1.00 | 1.50 (1.50 to 1.50) | " in text
     values = json.loads(files[1].read_text())
     assert values["baseline"] == {TASK: "trial-03", OTHER: "trial-03"}
     assert values["settings"]["lqa-auto"]["validation_loss"]["final"]["value"] == pytest.approx(
         2.11 / 2.01
     )
+
+
+def test_without_times_the_report_has_none(complete: dict[Run, Row], tmp_path: Path) -> None:
+    text = page.write(gather(complete), tmp_path)[0].read_text()
+    assert "| `lqa-auto` | 1.00 |  |  |  |" in text
 
 
 def test_without_records_there_is_no_report(tmp_path: Path) -> None:

@@ -286,6 +286,28 @@ def selftuning(
 
 
 @app.command()
+def selftuning_time(
+    data: DataOption = None,
+    tasks: NamesOption = None,
+    rounds: RoundsOption = 7,
+    out: OutOption = OUT,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Measures the time of a step of each entrant of the self-tuning benchmark beside AdamW's."""
+    from quadstep_bench.selftuning import timing
+
+    with _continued(), _wrong_use("--tasks"):
+        path = timing.measure(
+            Results(out, runs),
+            Console(stderr=True),
+            tasks=_names(tasks),
+            rounds=rounds,
+            data_root=data,
+        )
+    print(path)
+
+
+@app.command()
 def soak(
     steps: Annotated[int, typer.Option(min=10, help="How many steps a run takes.")] = 20_000,
     seeds: Annotated[int, typer.Option(min=1, help="How many runs without faults.")] = 3,

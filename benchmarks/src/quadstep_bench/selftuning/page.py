@@ -36,13 +36,19 @@ from quadstep_bench.selftuning.score import (
     compare,
 )
 
+Pace = Mapping[str, Mapping[str, float]]
+"""For each setting the time of its step over that of AdamW's, by task."""
 
-def write(scores: Sequence[TaskScores], out: Path, provenance: str = "") -> list[Path]:
+
+def write(
+    scores: Sequence[TaskScores], out: Path, pace: Pace | None = None, provenance: str = ""
+) -> list[Path]:
     """Writes the results for people and for programs, and returns the files.
 
     Args:
         scores: What `gather` found.
         out: The folder for `SELFTUNING.md` and `selftuning.json`.
+        pace: What `quadstep_bench.selftuning.timing` measured, if it has.
         provenance: A section that the page ends with.
 
     Raises:
@@ -51,7 +57,7 @@ def write(scores: Sequence[TaskScores], out: Path, provenance: str = "") -> list
     if not scores:
         return []
     compared = compare(scores, [*ENTRANTS, *CONSTANTS])
-    tables = {name: _Scored(each) for name, each in compared.items()}
+    tables = {name: _Scored(each, (pace or {}).get(name, {})) for name, each in compared.items()}
     page, values = out / "SELFTUNING.md", out / "selftuning.json"
     write_text("\n".join(_page(scores, tables)) + provenance, page)
     write_json(_values(scores, tables), values)
@@ -61,12 +67,16 @@ def write(scores: Sequence[TaskScores], out: Path, provenance: str = "") -> list
 class _Scored:
     """An entrant's scores by every measure, computed once."""
 
-    def __init__(self, comparison: Comparison) -> None:
+    def __init__(self, comparison: Comparison, pace: Mapping[str, float]) -> None:
         self.comparison = comparison
+        self.pace = pace
         self.scores: dict[Measure, Score] = {
             measure: comparison.score(measure) for measure in MEASURES
         }
-        self.timed = comparison.score("validation_loss", "seconds")
+        timed = [each for each in comparison.scores if each.task in pace]
+        self.timed = (
+            Comparison(comparison.setting, timed).score("validation_loss", pace) if timed else None
+        )
         self.groups = {
             name: Comparison(comparison.setting, part).score("validation_loss")
             for name, part in _parts(comparison.scores).items()
@@ -132,26 +142,7 @@ def _page(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> list[s
             ],
         ),
         "",
-        "## Wall-clock",
-        "",
-        "Time of a run over the baseline's, in forward passes where a backward pass counts two, "
-        "and in seconds; targets of the validation loss by seconds. The runs shared two cores, one "
-        "thread each, with other work.",
-        "",
-        *format_table(
-            ["setting", "passes", "seconds", "profile by seconds", "speed-up by seconds"],
-            [
-                [
-                    f"`{name}`",
-                    f"{tables[name].comparison.cost('passes'):.2f}",
-                    f"{tables[name].comparison.cost('seconds'):.2f}",
-                    str(tables[name].timed.profile),
-                    str(tables[name].timed.speed_up),
-                ]
-                for name in entrants
-            ],
-        ),
-        "",
+        *_time_lines(entrants, tables),
         "## Test",
         "",
         "As multiples of the baseline's, geometric means; *best*: where the validation loss was "
@@ -259,6 +250,36 @@ def _measure_table(
     )
 
 
+def _time_lines(entrants: Iterable[str], tables: Mapping[str, _Scored]) -> list[str]:
+    """Writes what entrants cost; the times are there only if they were measured."""
+    rows: list[list[str]] = []
+    for name in entrants:
+        table, row = tables[name], [f"`{name}`", f"{tables[name].comparison.passes():.2f}"]
+        if table.timed is not None:
+            ratios = list(table.pace.values())
+            row += [
+                f"{np.exp(np.mean(np.log(ratios))):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                str(table.timed.profile),
+                str(table.timed.speed_up),
+            ]
+        rows.append(row + [""] * (5 - len(row)))
+    return [
+        "## Cost",
+        "",
+        "Forward passes of a run over the baseline's, a backward pass counting two, as above; and "
+        "the time of a step over one of AdamW's (geometric mean, lowest and highest of the tasks; "
+        "medians of interleaved rounds, one thread), with what becomes of the targets of the "
+        "validation loss if wall-clock counts. The tasks are so small that an optimizer's own "
+        "operations take much of a step. Where few weights are trained a backward pass takes less "
+        "than two forward passes, so that probes cost more than they count.",
+        "",
+        *format_table(
+            ["setting", "passes", "time of a step", "profile by time", "speed-up by time"], rows
+        ),
+        "",
+    ]
+
+
 def _task_ratios(each: TaskScores, name: str) -> str:
     runs = each.runs[name]
     final, best = (
@@ -289,8 +310,8 @@ def _values(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> dict
             name: {
                 **{measure: asdict(score) for measure, score in table.scores.items()},
                 "groups": {part: asdict(score) for part, score in table.groups.items()},
-                "passes": table.comparison.cost("passes"),
-                "seconds": table.comparison.cost("seconds"),
+                "passes": table.comparison.passes(),
+                "pace": dict(table.pace),
             }
             for name, table in tables.items()
         },

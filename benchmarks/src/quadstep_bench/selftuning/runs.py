@@ -175,9 +175,9 @@ def execute(
         check_name("task", name, TASKS)
     for name in settings or ():
         check_name("setting", name, (*others, "baseline"))
-    chosen = _available("task", tasks, TASKS, console)
+    chosen = available("task", tasks, TASKS, console)
     named = None if settings is None else [name for name in settings if name != "baseline"]
-    compared = _available("setting", named, others, console)
+    compared = available("setting", named, others, console)
     wanted = entrant_runs(chosen, compared, seeds)
     if settings is None or "baseline" in settings:
         wanted += trial_runs(chosen)
@@ -195,7 +195,7 @@ def execute(
     return failures
 
 
-def _available(
+def available(
     what: str,
     names: Sequence[str] | None,
     known: Mapping[str, Task] | Mapping[str, Setting],

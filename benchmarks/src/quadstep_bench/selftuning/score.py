@@ -23,7 +23,7 @@ MEASURES: dict[Measure, str] = {
 }
 """What is compared, in the order of its weight, and how it is written."""
 
-Clock = Literal["passes", "seconds"]
+Clock = Literal["passes", "steps"]
 
 FLOORS: Mapping[str, float] = {"loss": 1e-4, "error": 2e-3}
 """Lower values count as these: an error of half an example, and a loss that fits its data."""
@@ -89,9 +89,9 @@ class Runs:
 
 
 def elapsed(row: Row, clock: Clock) -> Array:
-    """The time at each evaluation of a run: seconds, or forward passes; a backward one is two."""
-    if clock == "seconds":
-        return np.array(row["seconds"], dtype=float)
+    """The time at each evaluation of a run: steps, or forward passes; a backward one is two."""
+    if clock == "steps":
+        return np.array(row["step"], dtype=float)
     return np.array(row["forwards"], dtype=float) + 2.0 * np.array(row["backwards"], dtype=float)
 
 
@@ -199,8 +199,15 @@ class Comparison:
     setting: str
     scores: Sequence[TaskScores]
 
-    def score(self, measure: Measure, clock: Clock = "passes") -> Score:
-        """Scores it by a measure, with intervals."""
+    def score(self, measure: Measure, pace: Mapping[str, float] | None = None) -> Score:
+        """Scores it by a measure, with intervals.
+
+        Args:
+            measure: What is compared.
+            pace: The time of its step over that of the baseline's on each task, to score by
+                wall-clock; without it passes are counted.
+        """
+        clock = "passes" if pace is None else "steps"
         scores = [each for each in self.scores if math.isfinite(each.target(measure))]
         resampling = _Resampling(len(scores))
         times: list[Array] = []
@@ -210,7 +217,8 @@ class Comparison:
             runs, baseline = each.runs[self.setting], each.baseline
             target, budget = each.target(measure), each.budget(clock)
             draw = resampling.draw
-            times.append(draw(index, runs.time(measure, target, clock) / budget))
+            own_pace = 1.0 if pace is None else pace[each.task]
+            times.append(draw(index, own_pace * runs.time(measure, target, clock) / budget))
             own_times.append(
                 draw(index, baseline.time(measure, target, clock) / budget, is_baseline=True)
             )
@@ -233,12 +241,12 @@ class Comparison:
             resampling.estimate(np.array(ratios["best"]), np.exp),
         )
 
-    def times(self, measure: Measure, clock: Clock = "passes") -> Array:
+    def times(self, measure: Measure) -> Array:
         """When the median run reaches each target, in budgets; infinite if never."""
         return np.array(
             [
-                np.median(each.runs[self.setting].time(measure, each.target(measure), clock))
-                / each.budget(clock)
+                np.median(each.runs[self.setting].time(measure, each.target(measure), "passes"))
+                / each.budget("passes")
                 for each in self.scores
                 if math.isfinite(each.target(measure))
             ]
@@ -260,10 +268,10 @@ class Comparison:
         ]
         return resampling.estimate(np.array(logs), np.exp)
 
-    def cost(self, clock: Clock) -> float:
-        """The geometric mean of the time of a run over that of the baseline."""
+    def passes(self) -> float:
+        """The geometric mean of the passes of a run over those of the baseline."""
         ratios = [
-            np.median(each.runs[self.setting].total(clock)) / each.budget(clock)
+            np.median(each.runs[self.setting].total("passes")) / each.budget("passes")
             for each in self.scores
         ]
         return float(np.exp(np.mean(np.log(ratios))))
