@@ -14,7 +14,7 @@ from quadstep_bench.markdown import format_table
 from quadstep_bench.optimizers import BASES, COMPETITORS, LQA_SETTINGS
 from quadstep_bench.paper import claims
 from quadstep_bench.runner.environment import SOURCES, Environment
-from quadstep_bench.runner.files import Row, number, read_json, read_rows, write_text
+from quadstep_bench.runner.files import number, read_json, read_rows, write_text
 from quadstep_bench.runner.records import Record, Results
 
 PROVENANCE = "\n## Provenance\n"
@@ -149,7 +149,7 @@ def _write_selftuning(results: Results, out: Path) -> list[Path]:
     # Its tasks are built with torch, which the other reports do without.
     if not (results.root / "selftuning").exists():
         return []
-    from quadstep_bench.selftuning import page
+    from quadstep_bench.selftuning import page, timing
     from quadstep_bench.selftuning.figures import draw as draw_selftuning
     from quadstep_bench.selftuning.runs import Records
     from quadstep_bench.selftuning.score import gather
@@ -162,24 +162,14 @@ def _write_selftuning(results: Results, out: Path) -> list[Path]:
         )
         for run, row in records.items()
     ]
-    scores, pace = gather(records), _pace(results)
-    timed = results.root / "bench" / "selftuning-time.json"
-    if timed.exists():
-        uses += [("cost measurements", [environments[read_json(timed)["environment"]]])]
+    if timing.path(results).exists():
+        environment = read_json(timing.path(results))["environment"]
+        uses += [("cost measurements", [environments[environment]])]
+    scores = gather(records)
     return [
-        *page.write(scores, out, pace, provenance(uses)),
+        *page.write(scores, out, timing.read(results), provenance(uses)),
         *draw_selftuning(scores, out / "figures"),
     ]
-
-
-def _pace(results: Results) -> dict[str, dict[str, float]]:
-    """The time of a step over that of AdamW's, by setting and task, if it was measured."""
-    path = results.root / "bench" / "selftuning-time.json"
-    found: defaultdict[str, dict[str, float]] = defaultdict(dict)
-    rows: list[Row] = read_json(path)["rows"] if path.exists() else []
-    for row in rows:
-        found[row["setting"]][row["task"]] = row["ratio"]
-    return found
 
 
 def _write_trainer(results: Results, out: Path) -> list[Path]:

@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -17,8 +18,8 @@ from quadstep_bench.runner.files import Row, read_json, write_json
 from quadstep_bench.runner.records import Results
 from quadstep_bench.runner.training import take_step
 from quadstep_bench.selftuning.entrants import ENTRANTS, Setting
-from quadstep_bench.selftuning.problem import Task, check_task
-from quadstep_bench.selftuning.runs import available
+from quadstep_bench.selftuning.problem import Task
+from quadstep_bench.selftuning.runs import select_available, select_tasks
 from quadstep_bench.selftuning.tasks import TASKS
 
 BASE = "adamw"
@@ -36,21 +37,32 @@ def path(results: Results) -> Path:
     return results.root / "bench" / "selftuning-time.json"
 
 
+def read(results: Results) -> dict[str, dict[str, float]]:
+    """Reads the time of a step over that of AdamW's, by setting and task."""
+    found: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    rows: list[Row] = read_json(path(results))["rows"] if path(results).exists() else []
+    for row in rows:
+        found[row["setting"]][row["task"]] = row["ratio"]
+    return found
+
+
 def measure(
     results: Results,
     console: Console,
     *,
     tasks: Sequence[str] | None = None,
+    confirm: bool = False,
     rounds: int = 7,
     data_root: Path | None = None,
 ) -> Path:
     """Times the steps of all entrants that are installed, in interleaved rounds.
 
     Args:
-        results: The folder for `bench/selftuning-time.json`. What it has of the same environment
-            is not measured again.
+        results: The folder for `bench/selftuning-time.json`. Tasks that it has with all entrants,
+            the same environment and number of rounds are kept; all else is measured again.
         console: Where to print.
-        tasks: Names of `TASKS`; all that can be had by default.
+        tasks: Names of `TASKS`; by default all whose packages are installed.
+        confirm: Whether to add the tasks that only confirm a decision, where none are named.
         rounds: How often each entrant is timed on a task.
         data_root: The folder of the data sets.
 
@@ -63,18 +75,21 @@ def measure(
         RecordError: What is there already cannot be read.
         OSError: The file cannot be written.
     """
-    for name in tasks or ():
-        check_task(name)
     torch.set_num_threads(1)
     here = results.remember(environment(threads=1, device="cpu"))
     record: Row = {"environment": here, "rounds": rounds, "rows": []}
     file = path(results)
     present: Row = read_json(file) if file.exists() else record
     rows: list[Row] = present["rows"] if present | {"rows": []} == record else []
-    done = {row["task"] for row in rows}
-    chosen = [name for name in available("task", tasks, TASKS, console) if name not in done]
-    settings = available("setting", None, ENTRANTS, console)
+    settings = select_available("setting", None, ENTRANTS, console)
+    timed = {(row["task"], row["setting"]) for row in rows}
+    chosen = [
+        name
+        for name in select_tasks(tasks, confirm, console)
+        if not timed >= {(name, setting) for setting in settings}
+    ]
     for name in track(chosen, "tasks", console=console, transient=True):
+        rows = [row for row in rows if row["task"] != name]
         times = _time(TASKS[name], {key: ENTRANTS[key] for key in settings}, rounds, data_root)
         rows += [
             {
