@@ -18,12 +18,12 @@ def test_the_best_is_another_one_on_each_task_and_the_single_one_is_best_on_all(
     assert found.best == {"first": "low", "second": "high"}
     assert found.to_best.by_task == pytest.approx({"first": 2.0, "second": 1.0})
     assert found.to_best.mean == pytest.approx(2**0.5)
-    assert found.to_best.level == 1
+    assert found.to_best.won == 1
     assert found.means == pytest.approx({"low": 8**0.5, "high": 2.0})
     assert found.single == "high"
     assert found.to_single.by_task == pytest.approx({"first": 0.5, "second": 1.0})
     assert found.to_single.mean == pytest.approx(0.5**0.5)
-    assert found.to_single.level == 2
+    assert found.to_single.won == 2
 
 
 def test_only_tasks_with_all_settings_count_and_no_other_setting() -> None:
@@ -50,4 +50,4 @@ def test_what_has_diverged_is_never_the_best(lost: float) -> None:
 def test_below_the_floor_losses_are_level() -> None:
     found = compare("own", ["low"], {"task": {"own": FLOOR / 2, "low": FLOOR / 9}})
     assert found.to_best.by_task == {"task": 1.0}
-    assert found.to_best.level == 1
+    assert found.to_best.won == 1

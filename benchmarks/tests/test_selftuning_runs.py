@@ -73,7 +73,7 @@ def test_a_run_records_its_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["forwards"] == row["backwards"] == row["step"]
     for name in ("train_loss", "validation_loss", "validation_error", "seconds"):
         assert len(row[name]) == 13
-    # Of standardise targets the variance is 1.
+    # Of standardised targets the variance is 1.
     assert row["train_loss"][0] == pytest.approx(1.0, abs=0.2)
     assert row["train_loss"][-1] < 0.7
     assert row["seconds"] == sorted(row["seconds"])

@@ -80,11 +80,11 @@ def format_section(tasks: Tasks) -> list[str]:
         [
             MEASURES[measure],
             format_ratio(each.to_best.mean),
-            f"{each.to_best.level} of {len(rows)}",
+            f"{each.to_best.won} of {len(rows)}",
             _rate(each.single),
             format_ratio(each.means[each.single]),
             format_ratio(each.to_single.mean),
-            f"{each.to_single.level} of {len(rows)}",
+            f"{each.to_single.won} of {len(rows)}",
         ]
         for measure, each in found.items()
     ]

@@ -14,12 +14,12 @@ class Ratios:
     Attributes:
         by_task: The ratio on each task; inf if the setting has diverged and the other has not.
         mean: Their geometric mean, see `quadstep_bench.ratios.geometric_mean`.
-        level: On how many tasks the ratio is at most 1.
+        won: On how many tasks the ratio is at most 1.
     """
 
     by_task: Mapping[str, float]
     mean: float
-    level: int
+    won: int
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def compare(
 
     def to(others: Mapping[str, str]) -> Ratios:
         ratios = {task: ratio(row[subject], row[others[task]]) for task, row in known.items()}
-        level = sum(value <= 1.0 for value in ratios.values())
-        return Ratios(ratios, geometric_mean(ratios.values()), level)
+        won = sum(value <= 1.0 for value in ratios.values())
+        return Ratios(ratios, geometric_mean(ratios.values()), won)
 
     return Hindsight(best, to(best), means, single, to(dict.fromkeys(known, single)))
 

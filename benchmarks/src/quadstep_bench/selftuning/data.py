@@ -29,7 +29,7 @@ MODULES = (
     "tarfile",
     "turtle",
 )
-"""The modules of Python's standard library whose lines are told apart."""
+"""The modules of Python's standard library that lines are classified by."""
 
 CODE = ("inspect", "typing", "pydoc", "zipfile", "enum", "locale", "ipaddress", "pickle", "pdb")
 """The modules whose sources are text to be read."""
@@ -39,7 +39,7 @@ PROSE = "pydoc_data/topics"
 
 
 def split(columns: Sequence[Tensor], sizes: Sequence[int]) -> Splits:
-    """Deals examples out to the three splits, so many to each, by a fixed random order."""
+    """Splits examples by a fixed permutation, so many to each of the three splits."""
     order = torch.randperm(len(columns[0]), generator=torch.Generator().manual_seed(0))
     parts = order[: sum(sizes)].split(list(sizes))
     return {
@@ -49,7 +49,7 @@ def split(columns: Sequence[Tensor], sizes: Sequence[int]) -> Splits:
 
 
 def split_fifths(columns: Sequence[Tensor]) -> Splits:
-    """Deals all examples out, three split_fifths to train with and one to each of the others."""
+    """Splits all examples, three fifths to train with and one for each other split."""
     size = len(columns[0])
     return split(columns, (size - 2 * (size // 5), size // 5, size // 5))
 

@@ -37,7 +37,7 @@ def noisy_labels(root: Path | None) -> Problem:
 
 @task(GROUP, steps=600)
 def rare_words(root: Path | None) -> Problem:
-    """Of which module a line of source is, from the words in it, most of them rare."""
+    """Text classification from a bag of words, most of them rare: which module a line is from."""
     lines = data.lines((1500, 500, 1000))
     # Words that training never sees have their columns, too.
     found = {word for texts, _ in lines.values() for text in texts for word in data.words(text)}
@@ -76,7 +76,7 @@ def full_batches(root: Path | None) -> Problem:
 
 @task(GROUP, steps=1500)
 def heat_equation(root: Path | None) -> Problem:
-    """A physics-informed network for the heat equation, known at its boundary alone."""
+    """A physics-informed network for the heat equation, given its boundary values."""
     dice = torch.Generator().manual_seed(0)
 
     def solution(points: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def heat_equation(root: Path | None) -> Problem:
 
 @task(GROUP, steps=2000)
 def bandit_digits(root: Path | None) -> Problem:
-    """Policy gradients: to guess the class of a digit, told only whether the guess is right."""
+    """Policy gradients on a bandit: the reward is whether the class of a digit is guessed."""
     splits = data.split_fifths(data.digits())
 
     def draw(model: nn.Module, batch: Columns) -> Columns:

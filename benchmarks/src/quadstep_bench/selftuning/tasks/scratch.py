@@ -37,7 +37,7 @@ def lenet_augmented(root: Path | None) -> Problem:
 
 @task(GROUP, steps=800)
 def gpt_text(root: Path | None) -> Problem:
-    """A transformer that reads Python sources once, a character at a time."""
+    """A character-level transformer on Python sources, in one pass."""
     splits = data.text(data.CODE, (8000, 250, 250))
     return from_splits(transformer(width=64, layers=2), splits, batch_size=8)
 
@@ -108,7 +108,7 @@ def table_breast_cancer(root: Path | None) -> Problem:
 
 @task(GROUP, steps=400)
 def graph_digits(root: Path | None) -> Problem:
-    """A graph network on digits joined to those most like them, 200 of them with a label."""
+    """A graph network on the nearest-neighbour graph of the digits, 200 of them labelled."""
     inputs, labels = data.digits()
     # A node is its own first neighbour.
     neighbours = torch.cdist(inputs, inputs).topk(8, largest=False).indices
