@@ -341,9 +341,9 @@ def test_unknown_names_and_data_are_refused(tmp_path: Path) -> None:
 
 def test_a_figure_needs_every_optimizer_for_every_seed() -> None:
     configs = runs.configs(1, seeds=2)
-    assert len(configs) == 2 * len(settings()) == 42
+    assert len(configs) == 2 * len(settings()) == 44
     assert configs[0] == Config("logistic-mnist", "sgd-0.1", 0, epochs=50)
-    assert [config.seed for config in configs] == [0] * 21 + [1] * 21
+    assert [config.seed for config in configs] == [0] * 22 + [1] * 22
     chosen = runs.configs(5, epochs=15, seeds=[3, 1], subset=5000, optimizers=["lqa-auto"])
     assert chosen == [
         Config("resnet18-cifar10", "lqa-auto", seed, epochs=15, subset=5000) for seed in (3, 1)
