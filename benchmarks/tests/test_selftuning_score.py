@@ -291,6 +291,19 @@ def test_the_report(complete: dict[Run, Row], tmp_path: Path) -> None:
     )
 
 
+def test_constant_rates_are_compared_at_the_seeds_of_all(complete: dict[Run, Row]) -> None:
+    del complete[Run(TASK, "lqa-constant-0.001", 0)]
+    few, rare = gather(complete)
+    found = page.constant_losses(few)
+    assert {losses.seeds for losses in found.values()} == {2}
+    # The median of the two seeds left, 1 and 2.
+    assert found["lqa-auto"].held_out == pytest.approx(2.115)
+    assert {losses.seeds for losses in page.constant_losses(rare).values()} == {3}
+    for seed in (1, 2):
+        del complete[Run(TASK, "lqa-constant-0.001", seed)]
+    assert page.constant_losses(gather(complete)[0]) == {}
+
+
 def test_without_times_the_report_has_none(complete: dict[Run, Row], tmp_path: Path) -> None:
     text = page.write(gather(complete), tmp_path)[0].read_text()
     assert "| `lqa-auto` | 1.00 |  |  |  |" in text

@@ -32,6 +32,7 @@ from quadstep_bench.selftuning.score import (
     RESAMPLES,
     Comparison,
     Measure,
+    Runs,
     Score,
     TaskScores,
     compare,
@@ -215,13 +216,16 @@ def _page(scores: Sequence[TaskScores], tables: Mapping[str, _EntrantScores]) ->
 
 
 def constant_losses(each: TaskScores) -> dict[str, Losses]:
-    """The losses of the default and of its direction at constant rates; empty if one lacks."""
+    """The losses of the default and of its direction at constant rates, at the seeds of all."""
     names = (MEASURED, *CONSTANT_RATES)
     if not each.runs.keys() >= set(names):
         return {}
+    seeds = set.intersection(*({row["seed"] for row in each.runs[name].rows} for name in names))
+    if not seeds:
+        return {}
 
     def losses(name: str) -> Losses:
-        runs = each.runs[name]
+        runs = Runs(tuple(row for row in each.runs[name].rows if row["seed"] in seeds))
         training, held_out = runs.final("train_loss"), runs.final("validation_loss")
         values = (training, held_out, runs.best("validation_loss"))
         return Losses(*(float(np.median(value)) for value in values), seeds=len(runs.rows))
