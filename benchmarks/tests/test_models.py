@@ -12,12 +12,11 @@ from quadstep import LQA
 from quadstep_bench.optimizers import (
     COMPETITORS,
     FAMILIES,
-    HAND_TUNED,
-    SCHEDULED,
-    VARIANTS,
+    PEERS,
     WARM_UP,
     builders,
     settings,
+    suite_settings,
 )
 from quadstep_bench.runner.training import LOSSES
 from quadstep_bench.tasks import SHAPES, SUITE, TASKS, data, models
@@ -166,7 +165,7 @@ def test_there_are_18_competitors_and_3_configurations() -> None:
     assert {row.family for row in COMPETITORS.values()} == set(FAMILIES)
     assert COMPETITORS["sgd-nag-0.001"].rate == 0.001
     assert settings()[-4:] == ("lqa-paper", "lqa", "lqa-auto", "lqa-authors")
-    assert set(builders.BUILDERS) == {*settings(), *VARIANTS, *HAND_TUNED, *SCHEDULED}
+    assert set(builders.BUILDERS) == {*settings(), *suite_settings()} - {*PEERS}
 
 
 @pytest.mark.parametrize("name", settings())

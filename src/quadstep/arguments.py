@@ -208,6 +208,18 @@ def check_options(direction: Any, averaging: Any, every: Any, delta0: Any) -> No
         )
 
 
+def check_controller(controller: Any) -> None:
+    """Refuses what cannot choose a rate."""
+    names = ("state_type", "needs_slope", "probe_distance", "update")
+    is_usable = all(hasattr(controller, name) for name in names)
+    if controller is not None and (isinstance(controller, type) or not is_usable):
+        raise TypeError(
+            "controller must be an instance of a class that has what "
+            f"quadstep.controllers.StepController has, got {controller!r}; leave it out for the "
+            "default"
+        )
+
+
 def check_memory(state_dtype: Any, restore: Any, has_state: bool, is_wrapper: bool) -> None:
     """Refuses types and ways to return that do not exist, or would save nothing."""
     if state_dtype not in (None, torch.float32, torch.bfloat16):

@@ -121,6 +121,7 @@ class LQA(AveragedOptimizer):
         own = {"direction": direction, "delta0": delta0, "weight_decay": weight_decay}
         base = arguments.check_params(params, own, searching=(LQA, torch.optim.LBFGS))
         arguments.check_options(direction, averaging, every, delta0)
+        arguments.check_controller(controller)
         normalized = base is None and direction != "sgd"
         averaged = averaging == "schedule-free" or (averaging == "auto" and normalized)
         arguments.check_memory(state_dtype, restore, normalized or averaged, base is not None)

@@ -9,6 +9,7 @@ from problems import classification, identical, values
 from torch import nn
 
 from quadstep import LQA
+from quadstep.controllers import VertexController
 
 
 class Rated(torch.optim.SGD):
@@ -183,6 +184,16 @@ class TestErrors:
                 ValueError,
                 'restore="subtract" saves nothing around an optimizer, whose own step is found '
                 "from a copy of the parameters; leave it out",
+            ),
+            *(
+                (
+                    lambda p, controller=controller: LQA(p, controller=controller),
+                    TypeError,
+                    "controller must be an instance of a class that has what "
+                    "quadstep.controllers.StepController has, got "
+                    f"{controller!r}; leave it out for the default",
+                )
+                for controller in (0.1, VertexController)
             ),
             (
                 lambda p: LQA(p, restore="snapshot"),

@@ -19,6 +19,15 @@ from torch.utils._pytree import tree_leaves
 from training import backward_of, train
 
 from quadstep import LQA, Reason
+from quadstep.controllers import Decision, TrustRegionConfig, TrustRegionController
+
+
+class Halving(TrustRegionController):
+    """Halves the rate at each measurement."""
+
+    def update(self, state, rate, samples):
+        state, _ = super().update(state, rate, samples)
+        return state, Decision(0.5 * rate, 0.5 * rate, Reason.SHRUNK)
 
 
 class TestTheRate:
@@ -84,6 +93,32 @@ class TestTheRate:
             measured.append(opt.report.rate)
         assert measured == pytest.approx(rates, rel=1e-12)
         torch.testing.assert_close(list(task.model.parameters()), expected, rtol=1e-12, atol=0)
+
+    def test_a_controller_of_the_callers_own_decides_the_rate(self):
+        task = classification()
+        opt = LQA(
+            task.model.parameters(),
+            averaging=None,
+            every=1,
+            controller=Halving(TrustRegionConfig()),
+        )
+        rates = [opt.report.rate]
+        for step in range(4):
+            opt.step(task.closure(step))
+            rates.append(opt.report.rate)
+        assert rates == [1e-4 * 0.5**step for step in range(5)]
+        # Its state is saved as that of the others is.
+        resumed = LQA(
+            task.model.parameters(),
+            averaging=None,
+            every=1,
+            controller=Halving(TrustRegionConfig()),
+        )
+        resumed.load_state_dict(opt.state_dict())
+        resumed.step(task.closure(4))
+        assert resumed.report.rate == 1e-4 * 0.5**5
+        with pytest.raises(ValueError, match="controller"):
+            LQA(task.model.parameters(), averaging=None).load_state_dict(opt.state_dict())
 
     def test_several_groups_keep_the_ratios_of_their_rates(self):
         task = classification()

@@ -62,6 +62,7 @@ def write(results: Results, out: Path) -> Report:
         *figures.draw(evidence.records, out / "figures"),
         *_write_trainer(results, out),
         *_write_memory(results, out),
+        *_write_selftuning(results, out),
     ]
     if outcomes:
         files += figures.draw_suite(outcomes, out / "figures")
@@ -140,6 +141,26 @@ def _write_memory(results: Results, out: Path) -> list[Path]:
     ]
     write_text("\n".join(lines) + provenance([("cost measurements", [environment])]), page)
     return [page]
+
+
+def _write_selftuning(results: Results, out: Path) -> list[Path]:
+    """Writes the report of the self-tuning benchmark, if it was run."""
+    # Its tasks are built with torch, which the other reports do without.
+    if not (results.root / "selftuning").exists():
+        return []
+    from quadstep_bench.selftuning import page
+    from quadstep_bench.selftuning.runs import Records
+    from quadstep_bench.selftuning.score import gather
+
+    records, environments = Records(results).read(), results.environments()
+    uses = [
+        (
+            "runs of LQA" if run.setting in LQA_SETTINGS else OTHERS,
+            [environments[row["environment"]]],
+        )
+        for run, row in records.items()
+    ]
+    return page.write(gather(records), out, provenance(uses))
 
 
 def _write_trainer(results: Results, out: Path) -> list[Path]:

@@ -123,7 +123,7 @@ def _identify(row: Row) -> tuple[Any, ...]:
     return row["task"], row["setting"], row["seed"]
 
 
-def winner(records: dict[Run, Row], task: str) -> str | None:
+def winner(records: Mapping[Run, Row], task: str) -> str | None:
     """The trial with the lowest final validation loss; `None` before all have ended."""
     runs = {name: records.get(Run(task, name, TRIAL_SEED)) for name in BASELINE}
     losses = {name: final(row) for name, row in runs.items() if row is not None}

@@ -1,0 +1,309 @@
+"""The report of the self-tuning benchmark: a page for people, numbers for programs."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quadstep_bench.markdown import format_table
+from quadstep_bench.optimizers import CONSTANT_RATES
+from quadstep_bench.runner.files import write_json, write_text
+from quadstep_bench.selftuning.entrants import (
+    CONSTANTS,
+    ENTRANTS,
+    SETTINGS,
+    SPACE,
+    TRIALS,
+    WARM_UPS,
+)
+from quadstep_bench.selftuning.problem import GROUPS, TASKS
+from quadstep_bench.selftuning.runs import EVALUATIONS, SEEDS, TRIAL_SEED
+from quadstep_bench.selftuning.score import (
+    CAP,
+    FLOORS,
+    HORIZON,
+    MEASURES,
+    RESAMPLES,
+    Comparison,
+    Measure,
+    Score,
+    TaskScores,
+    compare,
+)
+
+
+def write(scores: Sequence[TaskScores], out: Path, provenance: str = "") -> list[Path]:
+    """Writes the results for people and for programs, and returns the files.
+
+    Args:
+        scores: What `gather` found.
+        out: The folder for `SELFTUNING.md` and `selftuning.json`.
+        provenance: A section that the page ends with.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    if not scores:
+        return []
+    compared = compare(scores, [*ENTRANTS, *CONSTANTS])
+    tables = {name: _Scored(each) for name, each in compared.items()}
+    page, values = out / "SELFTUNING.md", out / "selftuning.json"
+    write_text("\n".join(_page(scores, tables)) + provenance, page)
+    write_json(_values(scores, tables), values)
+    return [page, values]
+
+
+class _Scored:
+    """An entrant's scores by every measure, computed once."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.scores: dict[Measure, Score] = {
+            measure: comparison.score(measure) for measure in MEASURES
+        }
+        self.timed = comparison.score("validation_loss", "seconds")
+        self.groups = {
+            name: Comparison(comparison.setting, part).score("validation_loss")
+            for name, part in _parts(comparison.scores).items()
+            if part
+        }
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What the tables are sorted by: targets reached, then the last validation loss."""
+        score = self.scores["validation_loss"]
+        return -score.reached.value, score.final.value
+
+
+def _parts(scores: Sequence[TaskScores]) -> dict[str, list[TaskScores]]:
+    """The tasks by group, and those that decisions may rest on beside those to confirm them."""
+    named = {
+        group: [each for each in scores if TASKS[each.task].group == group] for group in GROUPS
+    }
+    confirm = {each.task for each in scores if TASKS[each.task].confirm}
+    return {
+        **named,
+        "decide": [each for each in scores if each.task not in confirm],
+        "confirm": [each for each in scores if each.task in confirm],
+    }
+
+
+def _page(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> list[str]:
+    entrants = sorted((name for name in tables if name in ENTRANTS), key=lambda n: tables[n].rank)
+    return [
+        "# Self-tuning",
+        "",
+        "Written by `quadstep-bench report` from the records in `selftuning`. Each setting is the "
+        f"same on all tasks; the baseline, AdamW, is tuned on each: the best of {TRIALS} random "
+        f"settings by the final validation loss, run {SEEDS} more times. Every run of a task takes "
+        "the same number of steps.",
+        "",
+        f"Recorded: {len(scores)} of {len(TASKS)} tasks.",
+        "",
+        "## Validation loss",
+        "",
+        *_measure_table(entrants, tables, "validation_loss"),
+        "",
+        "## Validation error",
+        "",
+        *_measure_table(entrants, tables, "validation_error"),
+        "",
+        "## Training loss",
+        "",
+        "Not what the baseline was tuned for.",
+        "",
+        *_measure_table(entrants, tables, "train_loss"),
+        "",
+        "## Groups",
+        "",
+        "Validation loss, final and at the best checkpoint, as multiples of the baseline's, "
+        "geometric means. No decision may rest on the tasks to confirm.",
+        "",
+        *format_table(
+            ["setting", *(_heading(part, scores) for part in _parts(scores))],
+            [
+                [f"`{name}`", *(_pair(tables[name].groups.get(part)) for part in _parts(scores))]
+                for name in entrants
+            ],
+        ),
+        "",
+        "## Wall-clock",
+        "",
+        "Time of a run over the baseline's, in forward passes where a backward pass counts two, "
+        "and in seconds; targets of the validation loss by seconds. The runs shared two cores, one "
+        "thread each, with other work.",
+        "",
+        *format_table(
+            ["setting", "passes", "seconds", "profile by seconds", "speed-up by seconds"],
+            [
+                [
+                    f"`{name}`",
+                    f"{tables[name].comparison.cost('passes'):.2f}",
+                    f"{tables[name].comparison.cost('seconds'):.2f}",
+                    str(tables[name].timed.profile),
+                    str(tables[name].timed.speed_up),
+                ]
+                for name in entrants
+            ],
+        ),
+        "",
+        "## Test",
+        "",
+        "As multiples of the baseline's, geometric means; *best*: where the validation loss was "
+        "lowest.",
+        "",
+        *format_table(
+            ["setting", "loss", "loss, best", "error", "error, best"],
+            [
+                [
+                    f"`{name}`",
+                    *(
+                        str(tables[name].comparison.test(what, kind))
+                        for kind in ("loss", "error")
+                        for what in ("final", "best")
+                    ),
+                ]
+                for name in entrants
+            ],
+        ),
+        "",
+        "## Tasks",
+        "",
+        "Final validation loss as a multiple of the baseline's (the median run), in brackets that "
+        "at the best checkpoint.",
+        "",
+        *format_table(
+            ["task", "baseline", *entrants],
+            [
+                [
+                    each.task,
+                    f"{np.median(each.baseline.final('validation_loss')):.4g}",
+                    *(_task_ratios(each, name) for name in entrants),
+                ]
+                for each in scores
+            ],
+        ),
+        "",
+        *format_table(
+            ["task", "group", "", "steps", "the baseline's setting", "target: loss", "error"],
+            [
+                [
+                    each.task,
+                    TASKS[each.task].group + ", to confirm" * TASKS[each.task].confirm,
+                    TASKS[each.task].text,
+                    f"{TASKS[each.task].steps:,}",
+                    SETTINGS[each.trial].text,
+                    f"{each.target('validation_loss'):.4g}",
+                    _error(each.target("validation_error")),
+                ]
+                for each in scores
+            ],
+        ),
+        "",
+        "## Settings",
+        "",
+        *format_table(["setting", ""], [[f"`{name}`", SETTINGS[name].text] for name in entrants]),
+        "",
+        _READING,
+    ]
+
+
+def _heading(part: str, scores: Sequence[TaskScores]) -> str:
+    return f"{part} ({len(_parts(scores)[part])})"
+
+
+def _pair(score: Score | None) -> str:
+    return "" if score is None else f"{score.final}, {score.best.value:.3g}"
+
+
+def _measure_table(
+    entrants: Iterable[str], tables: Mapping[str, _Scored], measure: Measure
+) -> list[str]:
+    return format_table(
+        ["setting", "targets reached", "profile", "speed-up", "final", "best checkpoint"],
+        [
+            [
+                f"`{name}`",
+                f"{score.reached.value:.0f} of {score.tasks} "
+                f"({score.reached.low:.0f} to {score.reached.high:.0f})",
+                str(score.profile),
+                str(score.speed_up),
+                str(score.final),
+                str(score.best),
+            ]
+            for name in entrants
+            for score in [tables[name].scores[measure]]
+        ],
+    )
+
+
+def _task_ratios(each: TaskScores, name: str) -> str:
+    runs = each.runs[name]
+    final, best = (
+        np.median(value(runs, "validation_loss"))
+        / np.median(value(each.baseline, "validation_loss"))
+        for value in (type(runs).final, type(runs).best)
+    )
+    return f"{final:.3g} ({best:.3g})" if math.isfinite(final) else f"∞ ({best:.3g})"
+
+
+def _error(value: float) -> str:
+    return f"{value:.3g}" if math.isfinite(value) else ""
+
+
+def _values(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> dict[str, Any]:
+    return {
+        "tasks": [each.task for each in scores],
+        "rules": {
+            "floors": dict(FLOORS),
+            "cap": CAP,
+            "horizon": HORIZON,
+            "resamples": RESAMPLES,
+            "evaluations": EVALUATIONS,
+            "trials": TRIALS,
+            "trial_seed": TRIAL_SEED,
+        },
+        "settings": {
+            name: {
+                **{measure: asdict(score) for measure, score in table.scores.items()},
+                "groups": {part: asdict(score) for part, score in table.groups.items()},
+                "passes": table.comparison.cost("passes"),
+                "seconds": table.comparison.cost("seconds"),
+            }
+            for name, table in tables.items()
+        },
+        "baseline": {each.task: each.trial for each in scores},
+    }
+
+
+_READING = f"""## How to read it
+
+- *baseline*: {TRIALS} trials draw, always the same ones, {
+    ", ".join(f"{name} from {low:g} to {high:g}" for name, (low, high) in SPACE.items())
+} (logarithmic), a warm-up of {
+    ", ".join(f"{share:.0%}" for share in WARM_UPS)
+} of the run, and half a
+  cosine or a constant rate after it. They are run at a seed of their own; the winner has the lowest
+  final validation loss.
+- *target*: the median over the baseline's reruns of the lowest validation loss, or error, after any
+  of {EVALUATIONS} evaluations. A setting reaches it if its median run does, at any evaluation.
+- *profile*: the share of the targets that are reached within so many budgets, averaged from 0 to
+  {HORIZON:g} budgets, as AlgoPerf scores; a budget is the time of the baseline's run. No run has
+  more steps than the baseline's: a target that is not reached in these is never reached.
+- *speed-up*: the time that the baseline takes to its target over that of the setting, geometric
+  mean; a target that is not reached counts as {HORIZON:g} budgets.
+- *final*, *best checkpoint*: geometric means over the tasks of the median loss over that of the
+  baseline, at the end and at the lowest validation loss. Losses below {
+    FLOORS["loss"]:g} count as that,
+  errors below {FLOORS["error"]:g} too, ratios and their inverses as {
+    CAP:g} at most. A run that has diverged
+  counts as an infinite loss.
+- In brackets: the interval that holds 95% of {RESAMPLES:,} resamples of tasks and seeds.
+- The rates of LQA without measurement ({
+    ", ".join(f"{rate:g}" for rate in CONSTANT_RATES.values())
+}) are
+  settings, too; a table above or in the suite's report compares them with the measured rate.
+"""
