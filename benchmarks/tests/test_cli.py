@@ -48,6 +48,7 @@ def results(tmp_path) -> Path:
         "trainer",
         "restore",
         "suite",
+        "selftuning",
         "soak",
         "report",
     ],

@@ -8,6 +8,7 @@ from synthetic import ENVIRONMENT, record, results_in
 
 from quadstep_bench import report
 from quadstep_bench.markdown import read_table
+from quadstep_bench.optimizers import CONSTANT_RATES
 from quadstep_bench.runner.environment import SOURCES
 from quadstep_bench.runner.files import write_json
 from quadstep_bench.runner.records import Results
@@ -36,6 +37,19 @@ def test_the_headline_numbers_are_those_of_the_report() -> None:
     assert all(each.loss < each.best for each in found.figures.values())
     assert {"", "avx2", "cuda", "small"} <= set(found.costs)
     assert set(found.costs[""]) == {"logistic", "mlp", "lenet", "resnet18", "transformer"}
+
+
+def test_constant_rates_are_drawn_once_they_are_recorded(tmp_path: Path) -> None:
+    results = results_in(tmp_path)
+    *names, last = ("lqa-auto", "sgd-0.1", *CONSTANT_RATES)
+    for name in names:
+        results.collection("suite").add(record("mlp-digits", name, [1.0, *[0.5] * 20]))
+    written = report.write(results, tmp_path / "out").files
+    assert [path.name for path in written[-2:]] == ["suite.png", "suite.svg"]
+    results.collection("suite").add(record("mlp-digits", last, [1.0, *[0.5] * 20]))
+    written = report.write(results, tmp_path / "out").files
+    assert [path.name for path in written[-2:]] == ["constant-rates.png", "constant-rates.svg"]
+    assert all(path.stat().st_size > 1000 for path in written[-2:])
 
 
 def test_the_numbers_are_those_of_the_records(tmp_path: Path) -> None:

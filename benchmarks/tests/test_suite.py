@@ -9,15 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from synthetic import record
 
 from quadstep_bench import figures
 from quadstep_bench.markdown import read_table
-from quadstep_bench.optimizers import HAND_TUNED, PEERS, suite_settings
+from quadstep_bench.optimizers import CONSTANT_RATES, HAND_TUNED, PEERS, suite_settings
+from quadstep_bench.ratios import FLOOR, ratio
 from quadstep_bench.runner.files import RecordError
 from quadstep_bench.runner.records import Epoch, Outcome, Record
-from quadstep_bench.suite import FLOOR, SUBJECT, configs, goals, judge, ratio, write
+from quadstep_bench.suite import SUBJECT, configs, goals, judge, write
 from quadstep_bench.tasks import STRESS, SUITE, TASKS
 
 TASK = "mlp-diabetes"
@@ -69,6 +72,34 @@ def complete(ours: float, best: float, peer: float) -> Iterator[Record]:
             tuned = best if name == "adam-0.001" else 2 * best
             end = ours if name == SUBJECT else peer if name in PEERS else tuned
             yield ended(task, name, [2.0, end])
+
+
+def at_constant_rates(task: str, ends: Sequence[float], **options: Any) -> list[Record]:
+    """Runs that end at these training losses, a constant rate each; one of inf has diverged."""
+    return [
+        ended(task, name, [1.0, math.nan], status="diverged", **options)
+        if end == math.inf
+        else ended(task, name, [1.0, end], **options)
+        for name, end in zip(CONSTANT_RATES, ends, strict=True)
+    ]
+
+
+def beside_constant_rates() -> list[Record]:
+    """Three tasks, of which the last lacks a constant, with another best for each loss."""
+    digits = "mlp-digits"
+    first = at_constant_rates(TASK, [0.8, 0.2, 0.1, 0.4, math.inf])
+    held_out = [[0.8, 0.05, 0.8], [0.8], [0.8], [0.2], [math.nan]]
+    second = at_constant_rates(digits, [0.4, 0.1, 0.4, 0.2, 0.8], test=0.6)
+    second[3] = with_held_out(second[3], [0.3])
+    return [
+        *map(with_held_out, first, [[1.0, *losses] for losses in held_out]),
+        *second,
+        *at_constant_rates(STRESSED, [0.1] * 5)[:-1],
+        ended(TASK, SUBJECT, [1.0, 0.2], test=0.4),
+        ended(digits, SUBJECT, [1.0, 0.1], test=0.3),
+        ended(STRESSED, SUBJECT, [1.0, 0.1]),
+        *(ended(task, "sgd-0.1", [1.0, 0.5]) for task in (TASK, digits, STRESSED)),
+    ]
 
 
 def verdicts(records: Sequence[Record]) -> dict[str, str]:
@@ -363,6 +394,102 @@ def test_the_best_checkpoint_is_that_of_the_lowest_held_out_loss() -> None:
     # Before the first epoch nothing has been trained.
     assert outcome.score.checkpoint_ratio == pytest.approx(0.3 / 0.6)
     assert outcome.scores["dog"].checkpoint_ratio == pytest.approx(0.7 / 0.6)
+
+
+def test_the_measured_rate_beside_constant_ones(tmp_path: Path) -> None:
+    report, values = write(judge(beside_constant_rates()), tmp_path)
+    text = report.read_text()
+    assert read_table(text, "## What the measured rate adds") == {
+        TASK: ["1", "0.001", "0.1", "0.2", "2", "2", "8", "1", "2", "8"],
+        "mlp-digits": ["1", "0.0003", "0.1", "0.1", "1", "1", "1", "1", "1", "0.5"],
+    }
+    root, twice = f"{2**0.5:.3g}", f"{8**0.5:.3g}"
+    assert read_table(text, "The geometric means of these ratios over 2 tasks") == {
+        "final training loss": [root, "1 of 2", "0.0003", root, "1", "2 of 2"],
+        "final held-out loss": [root, "1 of 2", "0.003", "1", root, "1 of 2"],
+        "held-out loss of the best checkpoint": [twice, "1 of 2", "0.0001", root, "2", "1 of 2"],
+    }
+    found = json.loads(values.read_text())["constant_rates"]
+    assert found["training"]["best"] == {
+        TASK: "lqa-constant-0.001",
+        "mlp-digits": "lqa-constant-0.0003",
+    }
+    assert found["held_out"]["single"] == "lqa-constant-0.003"
+    assert found["best_checkpoint"]["to_single"]["by_task"][TASK] == pytest.approx(8.0)
+
+
+def test_constant_rates_are_compared_over_the_seeds_that_all_have() -> None:
+    def runs(seed: int, measured: float, constant: float) -> list[Record]:
+        own = ended(TASK, SUBJECT, [1.0, measured], seed=seed)
+        runs = [own, *at_constant_rates(TASK, [constant] * 5)]
+        return [replace(run, config=replace(run.config, seed=seed)) for run in runs]
+
+    tuned = ended(TASK, "sgd-0.1", [1.0, 0.5])
+    both = [*runs(0, 0.1, 0.2), *runs(1, 0.3, 0.4)]
+    # The last constant lacks seed 1, which ended higher.
+    (outcome,) = judge([tuned, *both[:-1]])
+    assert {losses.seeds for losses in outcome.by_rate.values()} == {1}
+    assert outcome.by_rate[SUBJECT].training == 0.1
+    assert outcome.by_rate["lqa-constant-0.0001"].training == 0.2
+    assert outcome.score.train_loss == pytest.approx(0.2)
+    (outcome,) = judge([tuned, *both])
+    assert outcome.by_rate[SUBJECT].training == pytest.approx(0.2)
+    # Each has a seed, but not the same one.
+    (outcome,) = judge([tuned, *both[:5], both[-1]])
+    assert outcome.by_rate == {}
+
+
+def test_without_constant_rates_the_report_is_silent_about_them(tmp_path: Path) -> None:
+    lacking = [run for run in beside_constant_rates() if run.config.task == STRESSED]
+    outcomes = judge(lacking)
+    report, values = write(outcomes, tmp_path)
+    assert "What the measured rate adds" not in report.read_text()
+    assert json.loads(values.read_text())["constant_rates"] == {}
+    assert figures.draw_constant_rates(outcomes, tmp_path) == []
+
+
+def test_constant_rates_change_no_goal() -> None:
+    records = beside_constant_rates()
+    others = [run for run in records if run.config.optimizer not in CONSTANT_RATES]
+    assert goals(judge(records)) == goals(judge(others))
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures drawn, by the stem of the file, kept from being rendered."""
+    kept: dict[str, Figure] = {}
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: kept.update({path.stem: self}))
+    return kept
+
+
+def test_the_picture_of_constant_rates(pictures: dict[str, Figure], tmp_path: Path) -> None:
+    written = figures.draw_constant_rates(judge(beside_constant_rates()), tmp_path)
+    assert [path.name for path in written] == ["constant-rates.png", "constant-rates.svg"]
+    picture = pictures["constant-rates"]
+    (legend,) = picture.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        f"{rate:g}" for rate in CONSTANT_RATES.values()
+    ]
+    training, best_checkpoint = picture.axes
+    assert training.get_xscale() == "log"
+    assert [label.get_text() for label in training.get_yticklabels()] == [TASK, "mlp-digits"]
+    line, *dots = training.lines
+    np.testing.assert_array_equal(line.get_xdata(), [1.0, 1.0])
+    # The run that diverged lies on the edge.
+    ratios = [[4.0, 4.0], [1.0, 1.0], [0.5, 4.0], [2.0, 2.0], [100.0, 8.0]]
+    np.testing.assert_allclose([line.get_xdata() for line in dots], ratios)
+    assert len({tuple(line.get_color()) for line in dots}) == len(CONSTANT_RATES)
+    ratios = [[0.125, 2.0], [2.0, 2.0], [2.0, 2.0], [0.5, 1.0], [100.0, 2.0]]
+    np.testing.assert_allclose([line.get_xdata() for line in best_checkpoint.lines[1:]], ratios)
+
+
+def test_the_picture_of_the_suite_leaves_constant_rates_out(
+    pictures: dict[str, Figure], tmp_path: Path
+) -> None:
+    figures.draw_suite(judge(beside_constant_rates()), tmp_path)
+    for axes in pictures["suite"].axes:
+        # Those of the hand-tuned setting and of the default, on three tasks.
+        assert [len(line.get_xdata()) for line in axes.lines[1:]] == [3, 3]
 
 
 def test_the_picture(tmp_path: Path) -> None:

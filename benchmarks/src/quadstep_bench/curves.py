@@ -2,8 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,23 @@ FIGURES = {task.figure: name for name, task in TASKS.items() if task.figure is n
 """The task that each figure of the paper shows."""
 
 Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """How the runs of an optimizer on a task ended: medians over the seeds, inf if diverged.
+
+    Attributes:
+        training: The last training loss.
+        held_out: The last held-out loss.
+        best_checkpoint: The held-out loss after the epoch where it is lowest in each run.
+        seeds: How many runs there are.
+    """
+
+    training: float
+    held_out: float
+    best_checkpoint: float
+    seeds: int
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,27 @@ class Curve:
     def length(self) -> int:
         """How many epochs all seeds have been trained for."""
         return len(self.trained)
+
+    @property
+    def seeds(self) -> frozenset[int]:
+        """Those of the runs."""
+        return frozenset(run.config.seed for run in self.runs)
+
+    def of(self, seeds: Collection[int]) -> "Curve":
+        """The runs of these seeds alone."""
+        return replace(self, runs=tuple(run for run in self.runs if run.config.seed in seeds))
+
+    @property
+    def final(self) -> Losses:
+        """How the runs ended; what is not a number counts as infinite."""
+        # Before the first epoch nothing has been trained.
+        lowest = _finite_or_inf(self.held_out[:, 1:]).min(axis=1)
+        return Losses(
+            training=float(np.median(_finite_or_inf(self.losses[:, -1]))),
+            held_out=float(np.median(_finite_or_inf(self.held_out[:, -1]))),
+            best_checkpoint=float(np.median(lowest)),
+            seeds=len(self.runs),
+        )
 
     def tail(self, length: int | None = None) -> float:
         """The mean of the median loss over the last quarter of the epochs; inf before epoch 1.
@@ -173,6 +211,10 @@ def display(optimizer: str) -> str:
     if optimizer in SCHEDULED:
         return f"AdamW, cosine {SCHEDULED[optimizer].rate}"
     return optimizer
+
+
+def _finite_or_inf(losses: Array) -> Array:
+    return np.nan_to_num(losses, nan=math.inf, posinf=math.inf)
 
 
 def _count(numbers: Sequence[int], noun: str) -> str:

@@ -16,8 +16,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from quadstep_bench.curves import FIGURES, Array, Curve, best, describe, display, gather, title
-from quadstep_bench.optimizers import FAMILIES, HAND_TUNED, RATES, SCHEDULED
+from quadstep_bench.constant_rates import MEASURED, MEASURES
+from quadstep_bench.curves import (
+    FIGURES,
+    Array,
+    Curve,
+    Losses,
+    best,
+    describe,
+    display,
+    gather,
+    title,
+)
+from quadstep_bench.optimizers import CONSTANT_RATES, FAMILIES, HAND_TUNED, RATES, SCHEDULED
+from quadstep_bench.ratios import ratio
 from quadstep_bench.runner.records import Record
 from quadstep_bench.suite import Outcome, Score
 
@@ -58,7 +70,7 @@ _BY_FAMILY = {
     "adam": Style("#666666", "dotted", 2.2),
 }
 
-_SETTINGS: Any = {
+SETTINGS: Any = {
     "font.size": 10.5,
     "figure.titlesize": 12,
     "axes.titlesize": 11.5,
@@ -72,6 +84,7 @@ _SETTINGS: Any = {
     # Without this the names of the elements of an SVG file are random.
     "svg.hashsalt": "quadstep",
 }
+"""The settings of matplotlib that all pictures are drawn with."""
 
 Curves = Mapping[str, Curve]
 
@@ -88,7 +101,7 @@ def draw(records: Sequence[Record], out: Path) -> list[Path]:
     """
     tasks = {task: curves for task in FIGURES.values() if (curves := gather(records, task))}
     measured = {task: curves for task, curves in tasks.items() if not LQA.keys().isdisjoint(curves)}
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         pictures = {
             f"figure-{figure}": _losses(f"Figure {figure}: {title(task)}", tasks[task])
             for figure, task in FIGURES.items()
@@ -97,7 +110,7 @@ def draw(records: Sequence[Record], out: Path) -> list[Path]:
         if measured:
             pictures["rates"] = _rates(measured)
         return [
-            _save(picture, out / f"{name}.{suffix}")
+            save(picture, out / f"{name}.{suffix}")
             for name, picture in pictures.items()
             for suffix in ("png", "svg")
         ]
@@ -113,7 +126,7 @@ def summarise(records: Sequence[Record], task: str, path: Path) -> Path:
         if members
     }
     styles |= {name: style for name, style in LQA.items() if name in curves}
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
         figure.suptitle(f"{title(task)}\n{_caption(curves)}")
         losses, rates = figure.subplots(1, 2)
@@ -126,7 +139,7 @@ def summarise(records: Sequence[Record], task: str, path: Path) -> Path:
         _plot_rates(rates, curves)
         named = {display(name): style for name, style in styles.items()}
         _legend(figure, "outside lower center", named)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 _ROLES: dict[str, Any] = {
@@ -141,7 +154,7 @@ _ROLES: dict[str, Any] = {
 """How the dots of the suite are drawn, the later above the earlier."""
 
 _SPAN = (1e-2, 1e2)
-"""The ratios that the picture of the suite shows; those beyond lie on its edges."""
+"""The ratios that the pictures of the suite show; those beyond lie on their edges."""
 
 
 def draw_suite(outcomes: Sequence[Outcome], out: Path) -> list[Path]:
@@ -154,35 +167,99 @@ def draw_suite(outcomes: Sequence[Outcome], out: Path) -> list[Path]:
     Returns:
         The files written.
     """
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(11, 2.2 + 0.32 * len(outcomes)), layout="constrained")
-        figure.suptitle("The suite: final losses relative to the best hand-tuned optimizer")
-        train, test = figure.subplots(1, 2, sharey=True)
-        _plot_ratios(train, "training loss", outcomes, lambda score: score.train_ratio)
-        _plot_ratios(test, "held-out loss", outcomes, lambda score: score.test_ratio)
-        train.set_yticks(range(len(outcomes)), [outcome.task for outcome in outcomes])
-        train.invert_yaxis()
-        handles = [Line2D([], [], linestyle="", label=role, **_ROLES[role]) for role in _ROLES]
+    panels = {
+        "training loss": [
+            _by_role(outcome, lambda score: score.train_ratio) for outcome in outcomes
+        ],
+        "held-out loss": [
+            _by_role(outcome, lambda score: score.test_ratio) for outcome in outcomes
+        ],
+    }
+    heading = "The suite: final losses relative to the best hand-tuned optimizer"
+    names = [outcome.task for outcome in outcomes]
+    return _save_ratios(heading, names, panels, _ROLES, out / "suite")
+
+
+def draw_constant_rates(outcomes: Sequence[Outcome], out: Path) -> list[Path]:
+    """Draws how the default ends at constant rates, beside itself with the measured one.
+
+    Args:
+        outcomes: What the records say about each task; those without constant rates are left out.
+        out: The folder for the picture, as PNG and as SVG.
+
+    Returns:
+        The files written: none if no task has constant rates.
+    """
+    tasks = {outcome.task: outcome.by_rate for outcome in outcomes if outcome.by_rate}
+    if not tasks:
+        return []
+    panels = {
+        words: [_by_rate(losses, measure) for losses in tasks.values()]
+        for measure, words in MEASURES.items()
+        if measure != "held_out"
+    }
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.95, len(CONSTANT_RATES)))
+    styles = {
+        f"{rate:g}": {"marker": "o", "color": color, "markersize": 7, "alpha": 0.85}
+        for rate, color in zip(CONSTANT_RATES.values(), colors, strict=True)
+    }
+    heading = f"Constant rates: losses relative to those of {MEASURED}, which measures its rate"
+    return _save_ratios(heading, [*tasks], panels, styles, out / "constant-rates")
+
+
+Dots = Sequence[tuple[str, float]]
+"""The ratios of a task, each with the name of its style."""
+
+
+def _by_role(outcome: Outcome, ratio: Callable[[Score], float]) -> Dots:
+    return [
+        (_role(name), ratio(score))
+        for name, score in outcome.scores.items()
+        # Another picture shows them, relative to the default.
+        if name not in CONSTANT_RATES
+    ]
+
+
+def _by_rate(losses: Mapping[str, Losses], measure: str) -> Dots:
+    measured = getattr(losses[MEASURED], measure)
+    return [
+        (f"{rate:g}", ratio(getattr(losses[name], measure), measured))
+        for name, rate in CONSTANT_RATES.items()
+    ]
+
+
+def _save_ratios(
+    heading: str,
+    tasks: Sequence[str],
+    panels: Mapping[str, Sequence[Dots]],
+    styles: Mapping[str, Any],
+    path: Path,
+) -> list[Path]:
+    """Draws two panels of ratios, a row a task, and the later styles above the earlier."""
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(11, 2.2 + 0.32 * len(tasks)), layout="constrained")
+        figure.suptitle(heading)
+        axes = figure.subplots(1, 2, sharey=True)
+        for each, (words, rows) in zip(axes, panels.items(), strict=True):
+            _plot_ratios(each, words, rows, styles)
+        axes[0].set_yticks(range(len(tasks)), tasks)
+        axes[0].invert_yaxis()
+        handles = [Line2D([], [], linestyle="", label=name, **styles[name]) for name in styles]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        return [_save(figure, out / f"suite.{suffix}") for suffix in ("png", "svg")]
+        return [save(figure, path.with_suffix(suffix)) for suffix in (".png", ".svg")]
 
 
-def _plot_ratios(
-    axes: Axes, heading: str, outcomes: Sequence[Outcome], ratio: Callable[[Score], float]
-) -> None:
+def _plot_ratios(axes: Axes, heading: str, rows: Sequence[Dots], styles: Mapping[str, Any]) -> None:
     axes.set(title=heading, xlabel="ratio", xscale="log", xlim=_SPAN)
     axes.axvline(1.0, color="black", linewidth=1)
-    for role, style in _ROLES.items():
+    for name, style in styles.items():
         places = [
-            (ratio(score), row)
-            for row, outcome in enumerate(outcomes)
-            for name, score in outcome.scores.items()
-            if _role(name) == role
+            (value, row) for row, dots in enumerate(rows) for other, value in dots if other == name
         ]
         if places:
-            ratios, rows = np.array(places).T
+            ratios, at = np.array(places).T
             # At the edges dots are not cut, and all that has diverged is there to be seen.
-            axes.plot(np.clip(ratios, *_SPAN), rows, linestyle="", clip_on=False, **style)
+            axes.plot(np.clip(ratios, *_SPAN), at, linestyle="", clip_on=False, **style)
 
 
 def _role(optimizer: str) -> str:
@@ -312,7 +389,8 @@ def _members(curves: Curves, family: str) -> list[Curve]:
     return [curves[name] for name in names if name in curves]
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a picture such that the same picture is the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A date would make every drawing of the same records a new file.
     figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,5 +1,6 @@
 """Tables in Markdown."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 
@@ -19,3 +20,13 @@ def read_table(text: str, heading: str) -> dict[str, list[str]]:
         name, *rest = (cell.strip() for cell in line.strip("|").split("|"))
         cells[name] = rest
     return cells
+
+
+def format_loss(value: float) -> str:
+    """Writes a loss with four digits; one that is not finite has diverged."""
+    return f"{value:.4g}" if math.isfinite(value) else "diverged"
+
+
+def format_ratio(value: float) -> str:
+    """Writes a ratio with three digits."""
+    return f"{value:.3g}" if math.isfinite(value) else "∞"

@@ -66,6 +66,7 @@ def write(results: Results, out: Path) -> Report:
     ]
     if outcomes:
         files += figures.draw_suite(outcomes, out / "figures")
+    files += figures.draw_constant_rates(outcomes, out / "figures")
     return Report(verdicts, outcomes, files)
 
 
@@ -149,6 +150,7 @@ def _write_selftuning(results: Results, out: Path) -> list[Path]:
     if not (results.root / "selftuning").exists():
         return []
     from quadstep_bench.selftuning import page
+    from quadstep_bench.selftuning.figures import draw as draw_selftuning
     from quadstep_bench.selftuning.runs import Records
     from quadstep_bench.selftuning.score import gather
 
@@ -160,7 +162,11 @@ def _write_selftuning(results: Results, out: Path) -> list[Path]:
         )
         for run, row in records.items()
     ]
-    return page.write(gather(records), out, provenance(uses))
+    scores = gather(records)
+    return [
+        *page.write(scores, out, provenance(uses)),
+        *draw_selftuning(scores, out / "figures"),
+    ]
 
 
 def _write_trainer(results: Results, out: Path) -> list[Path]:

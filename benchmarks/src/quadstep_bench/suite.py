@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from quadstep_bench.curves import Array, Curve, display, title
-from quadstep_bench.markdown import format_table
+from quadstep_bench import constant_rates
+from quadstep_bench.curves import Array, Curve, Losses, display, title
+from quadstep_bench.markdown import format_loss, format_ratio, format_table
 from quadstep_bench.optimizers import (
     HAND_TUNED,
     PEERS,
@@ -23,15 +24,13 @@ from quadstep_bench.optimizers import (
     WARM_UP,
     suite_settings,
 )
+from quadstep_bench.ratios import CAP, FLOOR, geometric_mean, ratio
 from quadstep_bench.runner.files import RecordError, write_json, write_text
 from quadstep_bench.runner.records import Config, Epoch, Record
 from quadstep_bench.tasks import CLASSES, STRESS, SUITE, TASKS, check_name
 
 SUBJECT = "lqa-auto"
 """Whom the goals are set for."""
-
-FLOOR = 1e-4
-"""A loss below this counts as this: how far a model that fits its data has gone does not matter."""
 
 MOST = 0.9
 """The share of the tasks that a goal asks for."""
@@ -41,9 +40,6 @@ WORST = 1.05
 
 FASTER = 0.5
 """The share of its steps within which to reach what the best hand-tuned run ends at."""
-
-CAP = 100.0
-"""What a ratio and its inverse count as at most in a mean over the tasks, so that none decides."""
 
 STALLED = 0.9
 """A run has stalled that has not got below this share of its first loss, or of the loss of guessing
@@ -137,6 +133,8 @@ class Outcome:
             that of `best` at the end; inf if never.
         joint: The lowest held-out loss of any optimizer recorded, after any epoch at which it is
             there, over that of `best_held_out` at the end: whether both goals can be met at once.
+        by_rate: The losses of `SUBJECT` and of every constant rate, see
+            `quadstep_bench.constant_rates.final_losses`.
     """
 
     task: str
@@ -147,6 +145,7 @@ class Outcome:
     reached: float
     matched: float
     joint: float
+    by_rate: Mapping[str, Losses]
 
     @property
     def score(self) -> Score:
@@ -232,17 +231,10 @@ def compare(outcomes: Sequence[Outcome]) -> dict[str, Comparison]:
             [score.test_ratio for score in scores],
             [score.checkpoint_ratio for score in scores],
         ]
-        training, held_out, best_checkpoint = map(_mean, columns)
+        training, held_out, best_checkpoint = map(geometric_mean, columns)
         won = (sum(value <= 1.0 for value in ratios) for ratios in columns)
         found[name] = Comparison(training, held_out, best_checkpoint, *won)
     return found
-
-
-def ratio(loss: float, other: float) -> float:
-    """Compares two losses, each counted as `FLOOR` at least; two runs that diverged are level."""
-    if math.isinf(other):
-        return 1.0 if math.isinf(loss) else 0.0
-    return max(loss, FLOOR) / max(other, FLOOR)
 
 
 def _check_data(task: str, runs: Collection[Record]) -> None:
@@ -256,9 +248,10 @@ def _check_data(task: str, runs: Collection[Record]) -> None:
 
 def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
     tuned = [name for name in HAND_TUNED if name in curves]
-    train = {name: _last(curve.losses) for name, curve in curves.items()}
-    test = {name: _last(curve.held_out) for name, curve in curves.items()}
-    lowest = {name: _best_checkpoint(curve.held_out) for name, curve in curves.items()}
+    final = {name: curve.final for name, curve in curves.items()}
+    train = {name: losses.training for name, losses in final.items()}
+    test = {name: losses.held_out for name, losses in final.items()}
+    lowest = {name: losses.best_checkpoint for name, losses in final.items()}
     best, best_held_out = min(tuned, key=train.__getitem__), min(tuned, key=test.__getitem__)
     subject = curves[SUBJECT]
     steps = max(run.epochs[-1].backwards // (len(run.epochs) - 1) for run in subject.runs)
@@ -286,17 +279,8 @@ def _outcome(task: str, curves: Mapping[str, Curve]) -> Outcome:
         reached=max(_reached(subject.median, train[best]) / epochs, 1 / (steps * epochs)),
         matched=_matched(subject, train[best], test[best]),
         joint=_joint(curves.values(), train[best], test[best_held_out]),
+        by_rate=constant_rates.final_losses(curves),
     )
-
-
-def _last(losses: Array) -> float:
-    """The median over the seeds at the end; what is not a number counts as infinite."""
-    return float(np.median(np.nan_to_num(losses[:, -1], nan=math.inf, posinf=math.inf)))
-
-
-def _best_checkpoint(losses: Array) -> float:
-    """The median over the seeds of the lowest loss after any epoch."""
-    return float(np.median(np.nan_to_num(losses[:, 1:], nan=math.inf, posinf=math.inf).min(axis=1)))
 
 
 def _at_end(curve: Curve, value: Callable[[Epoch], float]) -> float:
@@ -444,7 +428,7 @@ def ahead(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, int]]:
 def _level(ratios: Sequence[float]) -> tuple[bool, str]:
     share = sum(value <= 1.0 for value in ratios) / len(ratios)
     holds = share >= MOST and max(ratios) <= WORST
-    return holds, f"{share:.0%} of {len(ratios)} tasks, at worst {_times(max(ratios))}"
+    return holds, f"{share:.0%} of {len(ratios)} tasks, at worst {format_ratio(max(ratios))}"
 
 
 def _speed(reached: Sequence[float]) -> tuple[bool, str]:
@@ -497,6 +481,10 @@ def write(outcomes: Sequence[Outcome], out: Path, provenance: str = "") -> list[
         "rules": rules,
         "goals": [asdict(goal) for goal in goals(outcomes)],
         "tasks": [asdict(outcome) for outcome in outcomes],
+        "constant_rates": {
+            measure: asdict(found)
+            for measure, found in constant_rates.compare(_by_rate(outcomes)).items()
+        },
     }
     write_json(rows, values)
     return [page, values]
@@ -557,6 +545,7 @@ def _report(outcomes: Sequence[Outcome]) -> str:
         *_scheduled_lines(outcomes),
         *_peer_lines(outcomes),
         *_untuned_lines(outcomes),
+        *constant_rates.format_section(_by_rate(outcomes)),
         "",
         "## The tasks",
         "",
@@ -573,8 +562,8 @@ def _training_row(outcome: Outcome) -> list[str]:
     return [
         outcome.task,
         display(outcome.best),
-        _loss(best.train_loss),
-        _loss(outcome.score.train_loss) + _casualties(outcome.score),
+        format_loss(best.train_loss),
+        format_loss(outcome.score.train_loss) + _casualties(outcome.score),
         *_ratios(outcome, [SUBJECT, *VARIANTS], lambda score: score.train_ratio),
         _steps(outcome),
         f"{outcome.score.seconds:.1f} ({best.seconds:.1f})",
@@ -585,11 +574,11 @@ def _held_out_row(outcome: Outcome) -> list[str]:
     return [
         outcome.task,
         display(outcome.best_held_out),
-        _loss(outcome.scores[outcome.best_held_out].test_loss),
-        _loss(outcome.score.test_loss),
+        format_loss(outcome.scores[outcome.best_held_out].test_loss),
+        format_loss(outcome.score.test_loss),
         *_ratios(outcome, [SUBJECT, *VARIANTS], lambda score: score.test_ratio),
-        _times(outcome.matched),
-        _times(outcome.joint),
+        format_ratio(outcome.matched),
+        format_ratio(outcome.joint),
         _accuracy(outcome, HAND_TUNED),
     ]
 
@@ -598,10 +587,11 @@ def _matched_lines(outcomes: Sequence[Outcome]) -> list[str]:
     if not outcomes:
         return []
     ratios = [outcome.matched for outcome in outcomes]
+    mean = format_ratio(geometric_mean(ratios))
     return [
         "",
         f"Where the training loss of `{SUBJECT}` is first down to where the run with the lowest "
-        f"one ends, its held-out loss is {_times(_mean(ratios))} times the one of that run "
+        f"one ends, its held-out loss is {mean} times the one of that run "
         f"(geometric mean, a ratio and its inverse count as {CAP:g} at most), and at or below it "
         f"on {_level(ratios)[1]}.",
         "",
@@ -627,11 +617,11 @@ def _scheduled_lines(outcomes: Sequence[Outcome]) -> list[str]:
             [
                 outcome.task,
                 display(best),
-                _loss(scores[best].train_loss),
-                _times(train[-1]),
+                format_loss(scores[best].train_loss),
+                format_ratio(train[-1]),
                 display(best_held_out),
-                _loss(scores[best_held_out].test_loss),
-                _times(held_out[-1]),
+                format_loss(scores[best_held_out].test_loss),
+                format_ratio(held_out[-1]),
                 _accuracy(outcome, scores),
             ]
         )
@@ -692,7 +682,7 @@ def _untuned_lines(outcomes: Sequence[Outcome]) -> list[str]:
     if not found:
         return []
     rows = [
-        [display(name), *map(_times, each.means), *map(str, each.won)]
+        [display(name), *map(format_ratio, each.means), *map(str, each.won)]
         for name, each in sorted(found.items(), key=lambda pair: pair[1].means)
     ]
     return [
@@ -716,15 +706,15 @@ def _untuned_lines(outcomes: Sequence[Outcome]) -> list[str]:
     ]
 
 
-def _mean(ratios: Sequence[float]) -> float:
-    return float(np.exp(np.mean(np.log(np.clip(ratios, 1.0 / CAP, CAP)))))
+def _by_rate(outcomes: Iterable[Outcome]) -> dict[str, Mapping[str, Losses]]:
+    return {outcome.task: outcome.by_rate for outcome in outcomes}
 
 
 def _ratios(
     outcome: Outcome, names: Iterable[str], ratio: Callable[[Score], float]
 ) -> Iterator[str]:
     for name in names:
-        yield _times(ratio(outcome.scores[name])) if name in outcome.scores else ""
+        yield format_ratio(ratio(outcome.scores[name])) if name in outcome.scores else ""
 
 
 def _task_row(task: str, outcomes: Iterable[Outcome]) -> list[str]:
@@ -763,14 +753,6 @@ def _accuracy(outcome: Outcome, others: Iterable[str]) -> str:
         return ""
     known = [outcome.scores[name].test_accuracy for name in others if name in outcome.scores]
     return f"{outcome.score.test_accuracy:.1%} ({np.nanmax(known):.1%})"
-
-
-def _loss(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "diverged"
-
-
-def _times(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "∞"
 
 
 def _share(value: float) -> str:

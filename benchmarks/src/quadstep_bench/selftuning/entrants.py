@@ -91,20 +91,21 @@ ENTRANTS: dict[str, Setting] = {
         partial(cosine, warm_up=0.05),
     ),
     "nadamw-algoperf": Setting(
-        "NadamW as submitted to AlgoPerf",
+        "NadamW with the values of its AlgoPerf submission",
         _torch(
             NAdam,
             lr=0.0019083,
             betas=(0.9090935, 0.9988983),
             weight_decay=0.0812162,
             decoupled_weight_decay=True,
-            # The submission has a constant momentum; torch's rises to it, here at once.
+            # The submission has a constant momentum; torch's rises to it, here at once. What is
+            # left is the bias correction of the momentum, which in torch is a step ahead.
             momentum_decay=1e6,
         ),
         partial(cosine, warm_up=0.1),
     ),
     "schedulefree-algoperf": Setting(
-        "schedule-free AdamW as submitted to AlgoPerf",
+        "schedule-free AdamW with the values of its AlgoPerf submission",
         _peer(
             ScheduleFreePeer,
             "schedulefree",
@@ -127,7 +128,7 @@ ENTRANTS: dict[str, Setting] = {
         package="schedulefree",
     ),
     "prodigy": Setting(
-        "Prodigy with what its README recommends, and cosine",
+        "Prodigy with what its README recommends for diffusion models, and cosine",
         _peer(
             Peer,
             "prodigyopt",
@@ -145,7 +146,7 @@ ENTRANTS: dict[str, Setting] = {
         package="prodigy-plus-schedule-free",
     ),
     "momo-adam": Setting(
-        "MoMo-Adam at its defaults",
+        "MoMo-Adam at its defaults, for losses above zero",
         _peer(MomoPeer, "momo", "MomoAdam"),
         package="momo-opt",
     ),
@@ -171,25 +172,35 @@ SPACE: Mapping[str, tuple[float, float]] = {
 """What the trials draw from, on a logarithmic scale."""
 
 WARM_UPS = (0.0, 0.02, 0.05, 0.1)
-"""The shares of a run that a trial may warm up for, equally likely."""
+"""The shares of a run that a trial may warm up for, equally often."""
+
+SHAPES: Mapping[str, Callable[..., float]] = {"cosine": cosine, "constant": warmed_up}
+"""What the rate does after the warm-up, equally often."""
 
 
 def _trials() -> dict[str, Setting]:
-    """Draws the trials, always the same; half of them with cosine, the others constant."""
+    """Draws the trials, always the same.
+
+    Each shape has a Latin hypercube of its own: one trial in each twelfth of every range, so that
+    no part of a range is left out by chance.
+    """
     dice = np.random.default_rng(0)
+    size, dimensions = TRIALS // len(SHAPES), len(SPACE) + 1
     found: dict[str, Setting] = {}
-    for index in range(TRIALS):
-        rate, decay, rest = (
-            math.exp(dice.uniform(math.log(low), math.log(high))) for low, high in SPACE.values()
-        )
-        warm_up = float(dice.choice(WARM_UPS))
-        shape = cosine if dice.random() < 0.5 else warmed_up
-        found[f"trial-{index:02}"] = Setting(
-            f"AdamW at {rate:.2g}, weight decay {decay:.2g}, beta2 {1.0 - rest:.3g}, warm-up "
-            f"{warm_up:.0%}, {'cosine' if shape is cosine else 'constant'}",
-            _torch(AdamW, lr=rate, weight_decay=decay, betas=(0.9, 1.0 - rest)),
-            partial(shape, warm_up=warm_up),
-        )
+    for name, shape in SHAPES.items():
+        strata = np.stack([dice.permutation(size) for _ in range(dimensions)], axis=1)
+        for point in (strata + dice.random((size, dimensions))) / size:
+            rate, decay, rest = (
+                low * (high / low) ** float(share)
+                for share, (low, high) in zip(point, SPACE.values(), strict=False)
+            )
+            warm_up = WARM_UPS[int(len(WARM_UPS) * point[-1])]
+            found[f"trial-{len(found):02}"] = Setting(
+                f"AdamW at {rate:.2g}, weight decay {decay:.2g}, beta2 {1.0 - rest:.3g}, warm-up "
+                f"{warm_up:.0%}, {name}",
+                _torch(AdamW, lr=rate, weight_decay=decay, betas=(0.9, 1.0 - rest)),
+                partial(shape, warm_up=warm_up),
+            )
     return found
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from quadstep_bench.constant_rates import MEASURED, format_section
+from quadstep_bench.curves import Losses
 from quadstep_bench.markdown import format_table
 from quadstep_bench.optimizers import CONSTANT_RATES
 from quadstep_bench.runner.files import write_json, write_text
@@ -170,6 +172,8 @@ def _page(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> list[s
             ],
         ),
         "",
+        *format_section({each.task: constant_losses(each) for each in scores}),
+        "",
         "## Tasks",
         "",
         "Final validation loss as a multiple of the baseline's (the median run), in brackets that "
@@ -209,6 +213,21 @@ def _page(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> list[s
         "",
         _READING,
     ]
+
+
+def constant_losses(each: TaskScores) -> dict[str, Losses]:
+    """The losses of the default and of its direction at constant rates; empty if one lacks."""
+    names = (MEASURED, *CONSTANT_RATES)
+    if not each.runs.keys() >= set(names):
+        return {}
+
+    def losses(name: str) -> Losses:
+        runs = each.runs[name]
+        training, held_out = runs.final("train_loss"), runs.final("validation_loss")
+        values = (training, held_out, runs.best("validation_loss"))
+        return Losses(*(float(np.median(value)) for value in values), seeds=len(runs.rows))
+
+    return {name: losses(name) for name in names}
 
 
 def _heading(part: str, scores: Sequence[TaskScores]) -> str:
@@ -302,8 +321,4 @@ _READING = f"""## How to read it
     CAP:g} at most. A run that has diverged
   counts as an infinite loss.
 - In brackets: the interval that holds 95% of {RESAMPLES:,} resamples of tasks and seeds.
-- The rates of LQA without measurement ({
-    ", ".join(f"{rate:g}" for rate in CONSTANT_RATES.values())
-}) are
-  settings, too; a table above or in the suite's report compares them with the measured rate.
 """

@@ -107,6 +107,7 @@ class Records:
             for line, row in enumerate(read_rows(path), start=1):
                 try:
                     run = Run(*_identify(row))
+                    final(row)
                     if row["steps"] == TASKS[run.task].steps and run.setting in SETTINGS:
                         found[run] = row
                 except (KeyError, TypeError) as error:
@@ -168,8 +169,12 @@ def execute(
         ValueError: A name is unknown, or a package named is not installed.
     """
     records = Records(results)
-    chosen = _available("task", tasks, TASKS, console)
     others = {name: SETTINGS[name] for name in (*ENTRANTS, *CONSTANTS)}
+    for name in tasks or ():
+        check_name("task", name, TASKS)
+    for name in settings or ():
+        check_name("setting", name, (*others, "baseline"))
+    chosen = _available("task", tasks, TASKS, console)
     named = None if settings is None else [name for name in settings if name != "baseline"]
     compared = _available("setting", named, others, console)
     wanted = entrant_runs(chosen, compared, seeds)
@@ -196,8 +201,6 @@ def _available(
     console: Console,
 ) -> list[str]:
     """The names that were asked for, or all whose packages are installed, with a word on others."""
-    for name in names or ():
-        check_name(what, name, known)
     missing = {
         name: [package for package in known[name].needs if version(package) is None]
         for name in (known if names is None else names)

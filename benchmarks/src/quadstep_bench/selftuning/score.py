@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quadstep_bench.runner.files import RecordError, Row, number
-from quadstep_bench.selftuning.problem import TASKS
+from quadstep_bench.selftuning.problem import GROUPS, TASKS
 from quadstep_bench.selftuning.runs import TRIAL_SEED, Run, winner
 
 Array = NDArray[np.float64]
@@ -127,7 +127,7 @@ def gather(records: Mapping[Run, Row]) -> list[TaskScores]:
         RecordError: Runs of one task were trained on different data.
     """
     found: list[TaskScores] = []
-    for task in TASKS:
+    for task in sorted(TASKS, key=lambda name: GROUPS.index(TASKS[name].group)):
         trial = winner(records, task)
         own = {run: row for run, row in records.items() if run.task == task}
         digests = {row["data"] for row in own.values()}
@@ -231,6 +231,17 @@ class Comparison:
             resampling.estimate(speed, np.exp),
             resampling.estimate(np.array(ratios["final"]), np.exp),
             resampling.estimate(np.array(ratios["best"]), np.exp),
+        )
+
+    def times(self, measure: Measure, clock: Clock = "passes") -> Array:
+        """When the median run reaches each target, in budgets; infinite if never."""
+        return np.array(
+            [
+                np.median(each.runs[self.setting].time(measure, each.target(measure), clock))
+                / each.budget(clock)
+                for each in self.scores
+                if math.isfinite(each.target(measure))
+            ]
         )
 
     def test(self, what: Literal["final", "best"], kind: Literal["loss", "error"]) -> Estimate:

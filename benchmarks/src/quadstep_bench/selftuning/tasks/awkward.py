@@ -1,7 +1,6 @@
 """Tasks with data or losses that are hard on an optimizer."""
 
 import math
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -41,10 +40,8 @@ def rare_words(root: Path | None) -> Problem:
     """Of which module a line of source is, from the words in it, most of them rare."""
     lines = data.lines((1500, 500, 1000))
     # Words that training never sees have their columns, too.
-    counts = Counter(
-        word for texts, _ in lines.values() for text in texts for word in data.words(text)
-    )
-    places = {word: place for place, word in enumerate(sorted(counts))}
+    found = {word for texts, _ in lines.values() for text in texts for word in data.words(text)}
+    places = {word: place for place, word in enumerate(sorted(found))}
 
     def encode(texts: list[str], labels: Tensor) -> Columns:
         inputs = torch.zeros(len(texts), len(places))

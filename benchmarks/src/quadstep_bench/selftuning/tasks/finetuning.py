@@ -91,7 +91,7 @@ def cnn_classes(root: Path | None) -> Problem:
 
 @task(GROUP, steps=500, confirm=True)
 def cnn_classes_head(root: Path | None) -> Problem:
-    """The same, its last layer alone."""
+    """The last layer alone of LeNet-5 pretrained on five classes, trained on the other five."""
     model, splits = _network(root)
     return from_splits(head_only(model), splits)
 
@@ -113,7 +113,7 @@ def gpt_prose(root: Path | None) -> Problem:
 
 @task(GROUP, steps=300, confirm=True)
 def gpt_prose_adapters(root: Path | None) -> Problem:
-    """The same by low-rank adapters."""
+    """A transformer that has read Python sources, on documentation, by low-rank adapters."""
     model, splits = _reader(root)
     return from_splits(with_adapters(model, rank=4), splits, batch_size=8)
 
@@ -144,7 +144,7 @@ def perceptron_shifted(root: Path | None) -> Problem:
 
 @task(GROUP, steps=600)
 def perceptron_shifted_adapters(root: Path | None) -> Problem:
-    """The same by low-rank adapters."""
+    """A perceptron pretrained on MNIST, on shifted and noisy images, by low-rank adapters."""
     model, splits = _shifted(root)
     return from_splits(with_adapters(model, rank=4), splits)
 
