@@ -49,6 +49,7 @@ def results(tmp_path) -> Path:
         "restore",
         "suite",
         "selftuning",
+        "selftuning-time",
         "soak",
         "report",
     ],

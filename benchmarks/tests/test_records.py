@@ -269,7 +269,7 @@ def test_the_environment_tells_what_a_run_depends_on() -> None:
     assert {"python", "torch", "quadstep"} <= set(here["versions"])
     assert here["machine"] == here["machine"] | {"threads": 1, "device": "cpu"}
     assert here["machine"]["processor"]
-    assert "prodigyopt" in environment(threads=1, device="cpu", package="prodigyopt")["versions"]
+    assert "prodigyopt" in environment(threads=1, device="cpu", packages=["prodigyopt"])["versions"]
     assert key(here) != key(here | {"dirty": not here["dirty"]})
 
 

@@ -33,7 +33,7 @@ def windows(splits: dict[str, tuple[Tensor, ...]]) -> list[str]:
 
 def test_a_split_deals_out_each_example_once_and_keeps_columns_together() -> None:
     numbers = torch.arange(103)
-    splits = data.fifths((numbers, numbers + 1000))
+    splits = data.split_fifths((numbers, numbers + 1000))
     assert [len(splits[name][0]) for name in SPLITS] == [63, 20, 20]
     assert sorted(torch.cat([splits[name][0] for name in SPLITS]).tolist()) == numbers.tolist()
     assert all(torch.equal(second, first + 1000) for first, second in splits.values())
@@ -46,18 +46,21 @@ def test_a_split_deals_out_each_example_once_and_keeps_columns_together() -> Non
 
 def test_standardising_takes_nothing_from_the_held_out_parts() -> None:
     table = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)) * 7.0 + 5.0
-    splits, shifted = data.fifths((table, table[:, :1])), data.fifths((table, table[:, :1]))
+    splits, shifted = (
+        data.split_fifths((table, table[:, :1])),
+        data.split_fifths((table, table[:, :1])),
+    )
     for name in ("validation", "test"):
         shifted[name] = tuple(column + 1e3 for column in shifted[name])
     mean, deviation = splits["train"][0].mean(0), splits["train"][0].std(0, correction=0)
     raw = splits["test"][0]
-    data.standardised(splits)
-    data.standardised(shifted, (0, 1))
+    data.standardise(splits)
+    data.standardise(shifted, (0, 1))
     for column in shifted["train"]:
         assert column.mean(0).abs().max() < 1e-6
         assert column.std(0, correction=0).allclose(torch.ones(column.shape[1]))
     assert torch.equal(splits["train"][0], shifted["train"][0])
-    assert torch.equal(splits["train"][1], data.fifths((table[:, :1],))["train"][0])
+    assert torch.equal(splits["train"][1], data.split_fifths((table[:, :1],))["train"][0])
     assert splits["test"][0].allclose((raw - mean) / deviation)
 
 

@@ -8,14 +8,14 @@ from torch import nn
 
 from quadstep_bench.selftuning.models import (
     Denoiser,
+    FrozenBatchNorm,
     GraphNetwork,
     LowRank,
     VariationalAutoencoder,
-    WithoutStatistics,
+    add_adapters,
     derivatives,
-    head_only,
+    freeze_body,
     perceptron,
-    with_adapters,
 )
 
 
@@ -29,7 +29,7 @@ def test_adapters_change_nothing_at_first_and_are_all_that_is_trained() -> None:
     model = nn.Sequential(nn.LayerNorm(6), perceptron(6, 5, 4), nn.Linear(4, 3))
     inputs = torch.randn(7, 6)
     before = model(inputs)
-    adapted = with_adapters(model, rank=2)
+    adapted = add_adapters(model, rank=2)
     assert torch.equal(adapted(inputs), before)
     trained = {name: tuple(p.shape) for name, p in adapted.named_parameters() if p.requires_grad}
     assert trained == {
@@ -53,14 +53,14 @@ def test_an_adapter_adds_the_product() -> None:
 
 
 def test_the_head_is_the_last_layer() -> None:
-    model = head_only(perceptron(6, 5, 4))
+    model = freeze_body(perceptron(6, 5, 4))
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         *("2.weight", "2.bias")
     ]
 
 
 def test_statistics_stay_as_they_are_and_everything_else_is_in_training() -> None:
-    model = WithoutStatistics(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout()))
+    model = FrozenBatchNorm(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout()))
     before = {name: value.clone() for name, value in model.named_buffers()}
     model.train()
     model(torch.randn(4, 1, 5, 5))

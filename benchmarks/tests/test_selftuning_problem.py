@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quadstep_bench.selftuning import problem
 from quadstep_bench.selftuning.problem import (
-    MEASURED,
+    TRAINING_EXAMPLES,
     Columns,
     Problem,
     check_task,
@@ -89,10 +89,10 @@ def test_the_training_loss_is_the_first_measure_unless_there_is_another() -> Non
 
 
 def test_no_more_than_so_many_training_examples_are_evaluated() -> None:
-    columns = (torch.arange(2.0 * MEASURED),)
+    columns = (torch.arange(2.0 * TRAINING_EXAMPLES),)
     made = from_splits(nn.Identity(), dict.fromkeys(("train", "validation", "test"), columns))
-    assert len(made.measured["train"][0]) == MEASURED
-    assert len(made.measured["test"][0]) == len(made.training[0]) == 2 * MEASURED
+    assert len(made.measured["train"][0]) == TRAINING_EXAMPLES
+    assert len(made.measured["test"][0]) == len(made.training[0]) == 2 * TRAINING_EXAMPLES
 
 
 @pytest.mark.parametrize("part", ["training", "train", "validation", "test"])

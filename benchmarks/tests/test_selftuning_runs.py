@@ -73,7 +73,7 @@ def test_a_run_records_its_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["forwards"] == row["backwards"] == row["step"]
     for name in ("train_loss", "validation_loss", "validation_error", "seconds"):
         assert len(row[name]) == 13
-    # Of standardised targets the variance is 1.
+    # Of standardise targets the variance is 1.
     assert row["train_loss"][0] == pytest.approx(1.0, abs=0.2)
     assert row["train_loss"][-1] < 0.7
     assert row["seconds"] == sorted(row["seconds"])
@@ -394,7 +394,7 @@ def test_all_that_can_be_had_is_trained_and_a_word_is_said_on_the_rest(
     assert len(needing) == 2
     few = {name: TASKS[name] for name in (*needing, TASK, "gru-digits")}
     monkeypatch.setattr(runs, "TASKS", few)
-    failures, printed = call(tmp_path, seeds=1)
+    failures, printed = call(tmp_path, seeds=1, confirm=True)
     assert failures == 0
     lines = printed.splitlines()
     assert {run.task for run in trained} == {TASK, "gru-digits"}
@@ -409,6 +409,17 @@ def test_all_that_can_be_had_is_trained_and_a_word_is_said_on_the_rest(
         '"quadstep-bench[peers,pretrained]"'
     ) in lines
     assert [line.split()[2] for line in lines if "skipped: task " in line] == needing
+
+
+def test_tasks_to_confirm_are_trained_only_if_asked_for(
+    trained: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert TASKS["gru-digits"].confirm
+    monkeypatch.setattr(runs, "TASKS", {name: TASKS[name] for name in (TASK, "gru-digits")})
+    call(tmp_path, settings=["lqa"], seeds=1)
+    assert {run.task for run in trained} == {TASK}
+    call(tmp_path, settings=["lqa"], seeds=1, tasks=["gru-digits"])
+    assert {run.task for run in trained} == {TASK, "gru-digits"}
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from quadstep_bench.selftuning.entrants import BASELINE, CONSTANTS, ENTRANTS
 from quadstep_bench.selftuning.runs import TRIAL_SEED, Records, Run, winner
 from quadstep_bench.selftuning.score import (
     CAP,
+    EARLIEST,
     HORIZON,
     Comparison,
     Runs,
     TaskScores,
+    compare,
     gather,
     log_ratio,
 )
@@ -66,7 +68,7 @@ def test_the_time_to_a_target_is_interpolated() -> None:
     runs = Runs((row([4.0, 2.0, 1.0]), row([4.0, 3.0, 2.5]), row([0.5, 0.4, 0.3])))
     # A step counts three passes, and evaluations are four steps apart.
     assert runs.time("validation_loss", 1.5, "passes") == pytest.approx([12 * 1.5, math.inf, 0.0])
-    assert runs.time("validation_loss", 2.0, "seconds") == pytest.approx([2.0, math.inf, 0.0])
+    assert runs.time("validation_loss", 2.0, "steps") == pytest.approx([4.0, math.inf, 0.0])
     assert runs.total("passes").tolist() == [24.0] * 3
 
 
@@ -102,9 +104,10 @@ def test_a_score_by_hand() -> None:
     assert score.speed_up.value == pytest.approx(2.0)
     assert score.final.value == pytest.approx(4.0 / 2.0)
     assert score.best.value == pytest.approx(2.0 / 2.0)
-    seconds = Comparison("adamw", scores).score("validation_loss", "seconds")
-    assert seconds.speed_up.value == pytest.approx(2.0)
-    assert Comparison("adamw", scores).cost("passes") == 1.0
+    # A step that takes twice as long takes away what half the steps gain.
+    timed = Comparison("adamw", scores).score("validation_loss", {TASK: 2.0})
+    assert timed.speed_up.value == pytest.approx(1.0)
+    assert Comparison("adamw", scores).passes() == 1.0
 
 
 def test_a_target_that_is_not_reached_counts_as_four_budgets() -> None:
@@ -112,6 +115,50 @@ def test_a_target_that_is_not_reached_counts_as_four_budgets() -> None:
     score = Comparison("adamw", scores).score("validation_loss")
     assert score.reached.value == score.profile.value == 0.0
     assert score.speed_up.value == pytest.approx(1 / HORIZON)
+
+
+def test_a_target_that_is_reached_late_counts_as_much_as_one_that_never_is() -> None:
+    scores = [task_scores([[8.0, 4.0, 2.0]] * 3, [[8.0, 4.0, 2.0]] * 3)]
+    late = Comparison("adamw", scores).score("validation_loss", {TASK: 2 * HORIZON})
+    assert (late.reached.value, late.profile.value) == (1.0, 0.0)
+    assert late.speed_up.value == pytest.approx(1 / HORIZON)
+
+
+def test_a_target_that_is_met_before_the_first_step_is_no_infinite_speed() -> None:
+    scores = [task_scores([[8.0, 4.0, 2.0]] * 3, [[1.0, 1.0, 1.0]] * 3)]
+    score = Comparison("adamw", scores).score("validation_loss")
+    assert score.speed_up.value == pytest.approx(1 / EARLIEST)
+    assert score.profile.value == pytest.approx(1 - EARLIEST / HORIZON)
+
+
+def test_intervals_hold_their_number() -> None:
+    """The target of a resample is that of its own baseline, which always reaches it."""
+    # Baselines whose lowest losses differ, on the way to which they take the same time.
+    baseline = [[8.0, 4.0, low] for low in (1.9, 2.0, 2.1)]
+    entrant = [[8.0, 3.0, low] for low in (1.8, 1.9, 2.0)]
+    score = Comparison("adamw", [task_scores(baseline, entrant)] * 8).score("validation_loss")
+    for estimate in (score.profile, score.speed_up, score.final, score.best, score.reached):
+        assert estimate.low <= estimate.value <= estimate.high
+
+
+def test_a_setting_with_fewer_runs_than_the_baseline_is_left_out() -> None:
+    scores = task_scores([[8.0, 2.0]] * 3, [[8.0, 2.0]] * 2)
+    assert compare([scores], ["adamw"]) == {}
+    assert compare([task_scores([[8.0, 2.0]] * 2, [[8.0, 2.0]] * 3)], ["adamw", "lqa"]).keys() == {
+        "adamw"
+    }
+
+
+def test_where_no_task_has_an_error_there_is_no_score() -> None:
+    scores = task_scores([[8.0, 2.0]] * 3, [[8.0, 2.0]] * 3)
+    for each in scores.baseline.rows + scores.runs["adamw"].rows:
+        each["validation_error"] = [None, None]
+        each["test"] = {"final": [2.0, None], "best": [2.0, None]}
+    comparison = Comparison("adamw", [scores])
+    score = comparison.score("validation_error")
+    assert (score.tasks, str(score.final)) == (0, "")
+    assert str(comparison.test("final", "error")) == ""
+    assert comparison.test("final", "loss").value == pytest.approx(1.0)
 
 
 def test_the_interval_of_equal_runs_on_equal_tasks_is_their_number() -> None:
@@ -149,8 +196,9 @@ def test_tasks_without_an_error_do_not_count() -> None:
     ("loss", "other", "ratio"),
     [
         (2.0, 1.0, 2.0),
-        (1e-9, 1e-6, 1.0),
-        (1e-9, 1e-2, 0.01),
+        (1e-9, 1e-8, 1.0),
+        (1e-9, 1e-6, 0.1),
+        (math.nan, 1.0, CAP),
         (1e9, 1.0, CAP),
         (math.inf, 1.0, CAP),
         (1.0, math.inf, 1 / CAP),
@@ -223,7 +271,8 @@ def complete() -> dict[Run, Row]:
 
 
 def test_the_report(complete: dict[Run, Row], tmp_path: Path) -> None:
-    files = page.write(gather(complete), tmp_path, "\n## Provenance\n")
+    pace = {name: {TASK: 1.5} for name in ENTRANTS}
+    files = page.write(gather(complete), tmp_path, pace, "\n## Provenance\n")
     assert [file.name for file in files] == ["SELFTUNING.md", "selftuning.json"]
     text = files[0].read_text()
     headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
@@ -234,11 +283,17 @@ def test_the_report(complete: dict[Run, Row], tmp_path: Path) -> None:
     assert f"| `lqa-auto` | 0 of 2 (0 to 0) | 0 (0 to 0) | {1 / HORIZON:g} (" in text
     assert "| few-data | 2.01 | 1.05 (1.05) |" in text
     assert "Recorded: 2 of 24 tasks." in text
+    assert "| `lqa-auto` | 1.00 | 1.50 (1.50 to 1.50) | " in text
     values = json.loads(files[1].read_text())
     assert values["baseline"] == {TASK: "trial-03", OTHER: "trial-03"}
     assert values["settings"]["lqa-auto"]["validation_loss"]["final"]["value"] == pytest.approx(
         2.11 / 2.01
     )
+
+
+def test_without_times_the_report_has_none(complete: dict[Run, Row], tmp_path: Path) -> None:
+    text = page.write(gather(complete), tmp_path)[0].read_text()
+    assert "| `lqa-auto` | 1.00 |  |  |  |" in text
 
 
 def test_without_records_there_is_no_report(tmp_path: Path) -> None:

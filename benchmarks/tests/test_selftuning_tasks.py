@@ -185,7 +185,7 @@ def test_a_text_is_read_once(build: Build) -> None:
 
 
 def test_three_tenths_of_the_labels_are_wrong_in_training_alone(build: Build) -> None:
-    clean = data.fifths(data.digits())
+    clean = data.split_fifths(data.digits())
     problem = build("noisy-labels", 0)
     assert torch.equal(problem.training[0], clean["train"][0])
     wrong = (problem.training[1] != clean["train"][1]).float().mean()

@@ -44,6 +44,9 @@ PrecisionOption = Annotated[
 NamesOption = Annotated[str | None, typer.Option(help="Names with commas between; all by default.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1...")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="How often to measure everything.")]
+ConfirmOption = Annotated[
+    bool, typer.Option("--confirm", help="Also the tasks that only confirm a decision.")
+]
 OutOption = Annotated[Path, typer.Option("--out", help="The folder of results.")]
 RunsOption = Annotated[Path, typer.Option(help="The folder of runs that have not ended.")]
 
@@ -260,29 +263,55 @@ def selftuning(
         str | None,
         typer.Option(help="Names with commas between; `baseline` for its trials. All by default."),
     ] = None,
+    confirm: ConfirmOption = False,
     seeds: Annotated[int, typer.Option(min=1, help="How many runs of each setting.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="How many runs at a time.")] = 1,
     out: OutOption = OUT,
     runs: RunsOption = RUNS,
 ) -> None:
-    """Trains the runs of the self-tuning benchmark that are missing, held-out results first.
+    """Trains the runs of the self-tuning benchmark that are missing.
 
     One frozen setting for all tasks is compared with AdamW that was tuned on each. Stopped at any
     point, it goes on from there.
     """
     from quadstep_bench.selftuning.runs import execute
 
-    with _continued(), _wrong_use("--tasks / --settings"):
+    with _resumable(), _wrong_use("--tasks / --settings"):
         failures = execute(
             Results(out, runs),
             Console(stderr=True),
             tasks=_names(tasks),
             settings=_names(settings),
+            confirm=confirm,
             seeds=seeds,
             workers=workers,
             data_root=data,
         )
     _check_failures(failures)
+
+
+@app.command()
+def selftuning_time(
+    data: DataOption = None,
+    tasks: NamesOption = None,
+    confirm: ConfirmOption = False,
+    rounds: RoundsOption = 7,
+    out: OutOption = OUT,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Measures the time of a step of each entrant of the self-tuning benchmark beside AdamW's."""
+    from quadstep_bench.selftuning import timing
+
+    with _resumable(), _wrong_use("--tasks"):
+        path = timing.measure(
+            Results(out, runs),
+            Console(stderr=True),
+            tasks=_names(tasks),
+            confirm=confirm,
+            rounds=rounds,
+            data_root=data,
+        )
+    print(path)
 
 
 @app.command()
@@ -339,13 +368,13 @@ def _train(wanted: Sequence[Config], collection: Collection, **options: Any) -> 
     """Trains what is missing of some runs, and ends the command where that does not succeed."""
     from quadstep_bench.runner import parallel
 
-    with _continued(), _wrong_use():
+    with _resumable(), _wrong_use():
         failures = parallel.execute(wanted, collection, **options)
     _check_failures(failures)
 
 
 @contextmanager
-def _continued() -> Generator[None]:
+def _resumable() -> Generator[None]:
     """Tells who interrupts a command that it can be taken up again."""
     try:
         yield

@@ -149,7 +149,7 @@ def _write_selftuning(results: Results, out: Path) -> list[Path]:
     # Its tasks are built with torch, which the other reports do without.
     if not (results.root / "selftuning").exists():
         return []
-    from quadstep_bench.selftuning import page
+    from quadstep_bench.selftuning import page, timing
     from quadstep_bench.selftuning.figures import draw as draw_selftuning
     from quadstep_bench.selftuning.runs import Records
     from quadstep_bench.selftuning.score import gather
@@ -162,9 +162,12 @@ def _write_selftuning(results: Results, out: Path) -> list[Path]:
         )
         for run, row in records.items()
     ]
+    if timing.path(results).exists():
+        environment = read_json(timing.path(results))["environment"]
+        uses += [("cost measurements", [environments[environment]])]
     scores = gather(records)
     return [
-        *page.write(scores, out, provenance(uses)),
+        *page.write(scores, out, timing.read(results), provenance(uses)),
         *draw_selftuning(scores, out / "figures"),
     ]
 

@@ -18,7 +18,7 @@ class AuthorsController:
     """The rules of the code that the authors of the paper published, which differ from Algorithm 1.
 
     The probe distance falls with the epochs and does not follow the rate. A vertex that is not
-    positive, or above 1, is replaced by a constant.
+    positive, or above 1, is replaced by a rate that the epoch determines.
 
     Attributes:
         epoch: How many epochs have ended; to be set before each step.
@@ -42,7 +42,7 @@ class AuthorsController:
         ahead, center, behind = samples.loss_ahead, samples.loss_center, samples.loss_behind
         if behind is None or not samples.is_finite:
             return state, Decision(rate, 0.0, Reason.NON_FINITE)
-        # Their denominator is never zero.
+        # Their code adds this to the denominator.
         difference = 2.0 * (ahead + behind - 2.0 * center) + 1e-12
         rate, reason = samples.distance * (behind - ahead) / difference, Reason.MINIMUM
         if rate <= 0.0:

@@ -362,6 +362,6 @@ fewer epochs and a coarser precision, as its section says, and there on one rate
 the paper's best for the perceptron of figure 2. Algorithm 1 as printed has no safeguard of any
 kind, and `lqa-paper` has none either; `lqa` and `lqa-auto` add what the paper leaves out.
 `lqa-authors` has the rules of the code that the authors published, which the paper does not print:
-a probe distance that falls with the epochs, and constants in place of a vertex that is not between
-0 and 1.
+a probe distance that falls with the epochs, and rates that the epoch determines in place of a
+vertex that is not between 0 and 1.
 """

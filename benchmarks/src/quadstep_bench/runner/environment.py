@@ -45,21 +45,18 @@ SOURCES = hash_sources({path.name: path.read_bytes() for path in _library().glob
 """The hash of the library's modules as they were when this process began."""
 
 
-def environment(*, threads: int, device: str, package: str | None = None) -> Environment:
+def environment(*, threads: int, device: str, packages: Iterable[str] = ()) -> Environment:
     """Describes what a measurement depends on.
 
     Args:
         threads: How many threads torch computes in.
         device: Where it computes, in torch's words.
-        package: A further distribution whose version matters, as that of a peer.
+        packages: Further distributions whose versions matter, as that of a peer.
     """
     library, own = _library(), Path(__file__).parents[1]
     # Only a revision that tracks this very library says what ran: an installed copy may happen to
     # lie inside the checkout of some other project.
     tracked = _git(library, "ls-files", "__init__.py")
-    packages = ["quadstep", "torch", "numpy"]
-    if package is not None:
-        packages.append(package)
     return {
         "revision": _git(library, "rev-parse", "HEAD") if tracked else None,
         "dirty": bool(
@@ -67,7 +64,7 @@ def environment(*, threads: int, device: str, package: str | None = None) -> Env
         ),
         "sources": SOURCES,
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in packages},
+        | {name: version(name) for name in ("quadstep", "torch", "numpy", *packages)},
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),

@@ -154,7 +154,9 @@ class Trial:
         self.model = models.build(config.task).to(device)
         self.optimizer = builders.build(config.optimizer, self.model, self.loss)
         self.environment = environment(
-            threads=torch.get_num_threads(), device=device, package=PEERS.get(config.optimizer)
+            threads=torch.get_num_threads(),
+            device=device,
+            packages=[PEERS[config.optimizer]] if config.optimizer in PEERS else [],
         )
         self.data: str | None = None
         self.resumed: list[tuple[int, Environment]] = []

@@ -1,5 +1,5 @@
 """Self-tuning: one frozen setting on all tasks, held-out results first.
 
-The rules are those of AlgoPerf's self-tuning track, at the scale of one machine. A target on the
-validation set of each task is set by a tuned baseline; entrants run without any tuning.
+The rules follow AlgoPerf's self-tuning track, at the scale of one machine: a target on the
+validation set of each task is set by a tuned baseline, and entrants run without any tuning.
 """

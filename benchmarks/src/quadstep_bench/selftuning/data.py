@@ -48,13 +48,13 @@ def split(columns: Sequence[Tensor], sizes: Sequence[int]) -> Splits:
     }
 
 
-def fifths(columns: Sequence[Tensor]) -> Splits:
-    """Deals all examples out, three fifths to train with and one to each of the others."""
+def split_fifths(columns: Sequence[Tensor]) -> Splits:
+    """Deals all examples out, three split_fifths to train with and one to each of the others."""
     size = len(columns[0])
     return split(columns, (size - 2 * (size // 5), size // 5, size // 5))
 
 
-def standardised(splits: Splits, columns: Sequence[int] = (0,)) -> None:
+def standardise(splits: Splits, columns: Sequence[int] = (0,)) -> None:
     """Takes the mean and the deviation of the training part out of some columns, in place."""
     for index in columns:
         train = splits["train"][index]

@@ -10,11 +10,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import AdamW, NAdam, Optimizer
 
-from quadstep import LQA
 from quadstep_bench.optimizers import CONSTANT_RATES, builders
 from quadstep_bench.optimizers.peers import MomoPeer, Peer, ScheduleFreePeer, drive
-
-Loss = Callable[..., Tensor]
 
 
 def constant(progress: float) -> float:
@@ -76,17 +73,21 @@ def _peer(
 
 
 def _unused(outputs: Tensor, labels: Tensor) -> Tensor:
-    raise NotImplementedError("no peer that enters here computes a loss of its own")
+    raise NotImplementedError("no entrant evaluates the loss itself")
 
 
 ENTRANTS: dict[str, Setting] = {
-    "lqa-auto": Setting("`LQA(params)`", _torch(LQA)),
-    "lqa-auto-decay": Setting("`LQA(params, weight_decay=0.1)`", _torch(LQA, weight_decay=0.1)),
-    "lqa": Setting('`LQA(params, direction="sgd")`', _torch(LQA, direction="sgd")),
+    "lqa-auto": Setting("`LQA(params)`", _torch(builders.BUILDERS["lqa-auto"])),
+    "lqa-auto-decay": Setting(
+        "`LQA(params, weight_decay=0.1)`", _torch(builders.BUILDERS["lqa-auto-decay"])
+    ),
+    "lqa": Setting('`LQA(params, direction="sgd")`', _torch(builders.BUILDERS["lqa"])),
     "lqa-adamw": Setting("`LQA(AdamW(params))`", _torch(builders.BUILDERS["lqa-adamw"])),
-    "adamw": Setting("AdamW at 0.003, the best on the suite, held out", _torch(AdamW, lr=0.003)),
+    "adamw": Setting(
+        "AdamW at 0.003, the best on the suite by final held-out loss", _torch(AdamW, lr=0.003)
+    ),
     "adamw-cosine": Setting(
-        "AdamW at 0.01 with warm-up and cosine, the best on the suite, held out",
+        "AdamW at 0.01 with warm-up and cosine, the best on the suite by final held-out loss",
         _torch(AdamW, lr=0.01),
         partial(cosine, warm_up=0.05),
     ),
@@ -146,7 +147,7 @@ ENTRANTS: dict[str, Setting] = {
         package="prodigy-plus-schedule-free",
     ),
     "momo-adam": Setting(
-        "MoMo-Adam at its defaults, for losses above zero",
+        "MoMo-Adam at its defaults, which assume losses above zero",
         _peer(MomoPeer, "momo", "MomoAdam"),
         package="momo-opt",
     ),
@@ -181,7 +182,7 @@ SHAPES: Mapping[str, Callable[..., float]] = {"cosine": cosine, "constant": warm
 def _trials() -> dict[str, Setting]:
     """Draws the trials, always the same.
 
-    Each shape has a Latin hypercube of its own: one trial in each twelfth of every range, so that
+    Each shape has a separate Latin hypercube: one trial in each twelfth of every range, so that
     no part of a range is left out by chance.
     """
     dice = np.random.default_rng(0)

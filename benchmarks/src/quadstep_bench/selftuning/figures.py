@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ _STYLES: dict[str, Any] = {
     "adamw": {"color": "#000000", "linestyle": "dashed", "linewidth": 1.6},
     "adamw-cosine": {"color": "#000000", "linestyle": "solid", "linewidth": 1.6},
 }
+_SHOWN = 1.5
+"""The time up to which profiles are drawn, in budgets."""
+
 _PEERS = ("#009E73", "#56B4E9", "#CC79A7", "#E69F00", "#882255", "#666666", "#999999")
 _GROUPS: dict[str, Any] = {
     group: {"marker": marker, "color": color, "linestyle": "", "fillstyle": "none"}
@@ -64,26 +68,26 @@ def _plot_profiles(axes: Axes, compared: dict[str, Comparison]) -> None:
         ylabel="share of the tasks",
         ylim=(0.0, 1.0),
     )
-    peers = iter(_PEERS)
+    peers = cycle(_PEERS)
     for name, comparison in compared.items():
         times = np.sort(comparison.times("validation_loss"))
         shares = np.arange(1, len(times) + 1) / len(times)
         style: dict[str, Any] = _STYLES.get(name) or {"color": next(peers), "linewidth": 1.2}
-        known = np.isfinite(times)
-        end = np.append(times[known], 1.5)
+        known = times <= _SHOWN
+        end = np.append(times[known], _SHOWN)
         heights = np.append(shares[known], shares[known][-1:] if known.any() else [0.0])
         axes.step(np.append(0.0, end), np.append(0.0, heights), where="post", label=name, **style)
-    axes.set_xlim(0.0, 1.5)
+    axes.set_xlim(0.0, _SHOWN)
     axes.legend(fontsize=8.5, ncols=2, loc="upper left")
 
 
 def _plot_ratios(axes: Axes, compared: dict[str, Comparison]) -> None:
-    whole = {name: each.score("validation_loss").final for name, each in compared.items()}
-    names = sorted(whole, key=lambda name: whole[name].value)
+    finals = {name: each.score("validation_loss").final for name, each in compared.items()}
+    names = sorted(finals, key=lambda name: finals[name].value)
     axes.set(title="final validation loss", xlabel="ratio to the baseline's", xscale="log")
     axes.axvline(1.0, color="black", linewidth=1)
     for row, name in enumerate(names):
-        estimate = whole[name]
+        estimate = finals[name]
         axes.plot([estimate.low, estimate.high], [row, row], color="#D55E00", linewidth=1.4)
         axes.plot(estimate.value, row, "D", color="#D55E00", markersize=7)
         for group in GROUPS:

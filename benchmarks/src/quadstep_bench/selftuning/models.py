@@ -33,7 +33,10 @@ class VariationalAutoencoder(nn.Module):
         return logits, divergence
 
     def bound(self, inputs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The negative evidence lower bound in nats an entry, and the mean absolute error."""
+        """The negative evidence lower bound in nats an entry, and the mean absolute error.
+
+        With zero noise they are those at the mean of the latents, no bound.
+        """
         logits, divergence = self(inputs, noise)
         entropy = functional.binary_cross_entropy_with_logits(logits, inputs, reduction="sum")
         return (entropy + divergence.sum()) / inputs.numel(), functional.l1_loss(
@@ -94,7 +97,7 @@ class LowRank(nn.Module):
         return self.layer(inputs) + self.up(self.down(inputs))
 
 
-def with_adapters(model: nn.Module, rank: int) -> nn.Module:
+def add_adapters(model: nn.Module, rank: int) -> nn.Module:
     """Puts low-rank adapters beside all linear layers; nothing else is trained from then on."""
     model.requires_grad_(False)
     for module in list(model.modules()):
@@ -104,14 +107,14 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
     return model
 
 
-def head_only(model: nn.Sequential) -> nn.Module:
+def freeze_body(model: nn.Sequential) -> nn.Module:
     """Trains the last layer alone."""
     model.requires_grad_(False)
     model[-1].requires_grad_(True)
     return model
 
 
-class WithoutStatistics(nn.Module):
+class FrozenBatchNorm(nn.Module):
     """A model whose batch normalisation keeps the statistics that it was pretrained with."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -122,7 +125,7 @@ class WithoutStatistics(nn.Module):
         """Runs the model."""
         return self.model(inputs)
 
-    def train(self, mode: bool = True) -> "WithoutStatistics":
+    def train(self, mode: bool = True) -> "FrozenBatchNorm":
         """Sets the mode of all but the layers of batch normalisation."""
         super().train(mode)
         for module in self.modules():
@@ -146,7 +149,7 @@ class TextClassifier(nn.Module):
         return self.head((outputs * weights).sum(1) / weights.sum(1))
 
 
-def policy(model: nn.Module, inputs: Tensor) -> Tensor:
+def log_policy(model: nn.Module, inputs: Tensor) -> Tensor:
     """The logarithms of the probabilities of the actions, a row an input."""
     return model(inputs).log_softmax(1)
 

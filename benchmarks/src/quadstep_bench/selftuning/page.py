@@ -10,7 +10,7 @@ import numpy as np
 
 from quadstep_bench.constant_rates import MEASURED, format_section
 from quadstep_bench.curves import Losses
-from quadstep_bench.markdown import format_table
+from quadstep_bench.markdown import format_ratio, format_table
 from quadstep_bench.optimizers import CONSTANT_RATES
 from quadstep_bench.runner.files import write_json, write_text
 from quadstep_bench.selftuning.entrants import (
@@ -21,10 +21,11 @@ from quadstep_bench.selftuning.entrants import (
     TRIALS,
     WARM_UPS,
 )
-from quadstep_bench.selftuning.problem import GROUPS, TASKS
+from quadstep_bench.selftuning.problem import GROUPS, TRAINING_EXAMPLES
 from quadstep_bench.selftuning.runs import EVALUATIONS, SEEDS, TRIAL_SEED
 from quadstep_bench.selftuning.score import (
     CAP,
+    EARLIEST,
     FLOORS,
     HORIZON,
     MEASURES,
@@ -35,14 +36,24 @@ from quadstep_bench.selftuning.score import (
     TaskScores,
     compare,
 )
+from quadstep_bench.selftuning.tasks import TASKS
+
+StepTimes = Mapping[str, Mapping[str, float]]
+"""For each setting the time of its step over that of AdamW's, by task."""
 
 
-def write(scores: Sequence[TaskScores], out: Path, provenance: str = "") -> list[Path]:
+def write(
+    scores: Sequence[TaskScores],
+    out: Path,
+    step_times: StepTimes | None = None,
+    provenance: str = "",
+) -> list[Path]:
     """Writes the results for people and for programs, and returns the files.
 
     Args:
         scores: What `gather` found.
         out: The folder for `SELFTUNING.md` and `selftuning.json`.
+        step_times: What `quadstep_bench.selftuning.timing` measured, if it has.
         provenance: A section that the page ends with.
 
     Raises:
@@ -51,22 +62,29 @@ def write(scores: Sequence[TaskScores], out: Path, provenance: str = "") -> list
     if not scores:
         return []
     compared = compare(scores, [*ENTRANTS, *CONSTANTS])
-    tables = {name: _Scored(each) for name, each in compared.items()}
+    times = step_times or {}
+    tables = {name: _EntrantScores(each, times.get(name, {})) for name, each in compared.items()}
     page, values = out / "SELFTUNING.md", out / "selftuning.json"
     write_text("\n".join(_page(scores, tables)) + provenance, page)
     write_json(_values(scores, tables), values)
     return [page, values]
 
 
-class _Scored:
+class _EntrantScores:
     """An entrant's scores by every measure, computed once."""
 
-    def __init__(self, comparison: Comparison) -> None:
+    def __init__(self, comparison: Comparison, step_times: Mapping[str, float]) -> None:
         self.comparison = comparison
+        self.step_times = step_times
         self.scores: dict[Measure, Score] = {
             measure: comparison.score(measure) for measure in MEASURES
         }
-        self.timed = comparison.score("validation_loss", "seconds")
+        timed = [each for each in comparison.scores if each.task in step_times]
+        self.timed = (
+            Comparison(comparison.setting, timed).score("validation_loss", step_times)
+            if timed
+            else None
+        )
         self.groups = {
             name: Comparison(comparison.setting, part).score("validation_loss")
             for name, part in _parts(comparison.scores).items()
@@ -93,7 +111,7 @@ def _parts(scores: Sequence[TaskScores]) -> dict[str, list[TaskScores]]:
     }
 
 
-def _page(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> list[str]:
+def _page(scores: Sequence[TaskScores], tables: Mapping[str, _EntrantScores]) -> list[str]:
     entrants = sorted((name for name in tables if name in ENTRANTS), key=lambda n: tables[n].rank)
     return [
         "# Self-tuning",
@@ -103,7 +121,7 @@ def _page(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> list[s
         f"settings by the final validation loss, run {SEEDS} more times. Every run of a task takes "
         "the same number of steps.",
         "",
-        f"Recorded: {len(scores)} of {len(TASKS)} tasks.",
+        f"Recorded: {len(scores)} of {len(TASKS)} tasks.{_left_out(tables)}",
         "",
         "## Validation loss",
         "",
@@ -121,7 +139,7 @@ def _page(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> list[s
         "",
         "## Groups",
         "",
-        "Validation loss, final and at the best checkpoint, as multiples of the baseline's, "
+        "Validation loss, final and lowest, as multiples of the baseline's, "
         "geometric means. No decision may rest on the tasks to confirm.",
         "",
         *format_table(
@@ -132,26 +150,7 @@ def _page(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> list[s
             ],
         ),
         "",
-        "## Wall-clock",
-        "",
-        "Time of a run over the baseline's, in forward passes where a backward pass counts two, "
-        "and in seconds; targets of the validation loss by seconds. The runs shared two cores, one "
-        "thread each, with other work.",
-        "",
-        *format_table(
-            ["setting", "passes", "seconds", "profile by seconds", "speed-up by seconds"],
-            [
-                [
-                    f"`{name}`",
-                    f"{tables[name].comparison.cost('passes'):.2f}",
-                    f"{tables[name].comparison.cost('seconds'):.2f}",
-                    str(tables[name].timed.profile),
-                    str(tables[name].timed.speed_up),
-                ]
-                for name in entrants
-            ],
-        ),
-        "",
+        *_time_lines(entrants, tables),
         "## Test",
         "",
         "As multiples of the baseline's, geometric means; *best*: where the validation loss was "
@@ -176,8 +175,8 @@ def _page(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> list[s
         "",
         "## Tasks",
         "",
-        "Final validation loss as a multiple of the baseline's (the median run), in brackets that "
-        "at the best checkpoint.",
+        "Final validation loss as a multiple of the baseline's (the median run), in brackets the "
+        "same of the lowest after any evaluation.",
         "",
         *format_table(
             ["task", "baseline", *entrants],
@@ -211,7 +210,7 @@ def _page(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> list[s
         "",
         *format_table(["setting", ""], [[f"`{name}`", SETTINGS[name].text] for name in entrants]),
         "",
-        _READING,
+        _NOTES,
     ]
 
 
@@ -239,10 +238,10 @@ def _pair(score: Score | None) -> str:
 
 
 def _measure_table(
-    entrants: Iterable[str], tables: Mapping[str, _Scored], measure: Measure
+    entrants: Iterable[str], tables: Mapping[str, _EntrantScores], measure: Measure
 ) -> list[str]:
     return format_table(
-        ["setting", "targets reached", "profile", "speed-up", "final", "best checkpoint"],
+        ["setting", "targets reached", "profile", "speed-up", "final", "lowest"],
         [
             [
                 f"`{name}`",
@@ -259,21 +258,58 @@ def _measure_table(
     )
 
 
+def _time_lines(entrants: Iterable[str], tables: Mapping[str, _EntrantScores]) -> list[str]:
+    """Writes what entrants cost; the times are there only if they were measured."""
+    rows: list[list[str]] = []
+    for name in entrants:
+        table, row = tables[name], [f"`{name}`", f"{tables[name].comparison.passes():.2f}"]
+        if table.timed is not None:
+            ratios = list(table.step_times.values())
+            row += [
+                f"{np.exp(np.mean(np.log(ratios))):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                str(table.timed.profile),
+                str(table.timed.speed_up),
+            ]
+        rows.append(row + [""] * (5 - len(row)))
+    return [
+        "## Cost",
+        "",
+        "Forward passes of a run over the baseline's, a backward pass counting two; and "
+        "the time of a step over one of AdamW's (geometric mean, lowest and highest of the tasks; "
+        "medians of interleaved rounds, one thread), with what becomes of the targets of the "
+        "validation loss if wall-clock counts. The tasks are so small that an optimizer's own "
+        "operations take much of a step. Where few weights are trained a backward pass takes less "
+        "than two forward passes, so that probes cost more than they count.",
+        "",
+        *format_table(
+            ["setting", "passes", "time of a step", "profile by time", "speed-up by time"], rows
+        ),
+        "",
+    ]
+
+
+def _left_out(tables: Mapping[str, _EntrantScores]) -> str:
+    missing = [f"`{name}`" for name in ENTRANTS if name not in tables]
+    return f" Left out, since runs are missing: {', '.join(missing)}." if missing else ""
+
+
 def _task_ratios(each: TaskScores, name: str) -> str:
-    runs = each.runs[name]
-    final, best = (
-        np.median(value(runs, "validation_loss"))
-        / np.median(value(each.baseline, "validation_loss"))
-        for value in (type(runs).final, type(runs).best)
+    runs, baseline = each.runs[name], each.baseline
+    final, lowest = (
+        float(np.median(own)) / float(np.median(other))
+        for own, other in (
+            (runs.final("validation_loss"), baseline.final("validation_loss")),
+            (runs.best("validation_loss"), baseline.best("validation_loss")),
+        )
     )
-    return f"{final:.3g} ({best:.3g})" if math.isfinite(final) else f"∞ ({best:.3g})"
+    return f"{format_ratio(final)} ({format_ratio(lowest)})"
 
 
 def _error(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else ""
 
 
-def _values(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> dict[str, Any]:
+def _values(scores: Sequence[TaskScores], tables: Mapping[str, _EntrantScores]) -> dict[str, Any]:
     return {
         "tasks": [each.task for each in scores],
         "rules": {
@@ -289,8 +325,8 @@ def _values(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> dict
             name: {
                 **{measure: asdict(score) for measure, score in table.scores.items()},
                 "groups": {part: asdict(score) for part, score in table.groups.items()},
-                "passes": table.comparison.cost("passes"),
-                "seconds": table.comparison.cost("seconds"),
+                "passes": table.comparison.passes(),
+                "step_times": dict(table.step_times),
             }
             for name, table in tables.items()
         },
@@ -298,27 +334,33 @@ def _values(scores: Sequence[TaskScores], tables: Mapping[str, _Scored]) -> dict
     }
 
 
-_READING = f"""## How to read it
+_RANGES = ", ".join(f"{name} from {low:g} to {high:g}" for name, (low, high) in SPACE.items())
 
-- *baseline*: {TRIALS} trials draw, always the same ones, {
-    ", ".join(f"{name} from {low:g} to {high:g}" for name, (low, high) in SPACE.items())
-} (logarithmic), a warm-up of {
-    ", ".join(f"{share:.0%}" for share in WARM_UPS)
-} of the run, and half a
-  cosine or a constant rate after it. They are run at a seed of their own; the winner has the lowest
-  final validation loss.
+_SHARES = ", ".join(f"{share:.0%}" for share in WARM_UPS)
+
+_NOTES = f"""## How to read it
+
+- *baseline*: {TRIALS} trials draw, always the same ones, {_RANGES}
+  (logarithmic) and a warm-up of {_SHARES} of the run; half of them go on with half a cosine, half
+  at a constant rate, each half a Latin hypercube. They have a separate seed; the winner has the
+  lowest final validation loss.
 - *target*: the median over the baseline's reruns of the lowest validation loss, or error, after any
-  of {EVALUATIONS} evaluations. A setting reaches it if its median run does, at any evaluation.
+  of {EVALUATIONS} evaluations. A setting reaches it if its median run does, at any evaluation: one
+  that is exactly as good as the baseline reaches about half of the targets.
 - *profile*: the share of the targets that are reached within so many budgets, averaged from 0 to
-  {HORIZON:g} budgets, as AlgoPerf scores; a budget is the time of the baseline's run. No run has
-  more steps than the baseline's: a target that is not reached in these is never reached.
+  {HORIZON:g} budgets; a budget is what the baseline's run takes. AlgoPerf's is relative to the
+  fastest submission. No run has more steps than the baseline's: a target that is not reached in
+  these is never reached.
 - *speed-up*: the time that the baseline takes to its target over that of the setting, geometric
-  mean; a target that is not reached counts as {HORIZON:g} budgets.
-- *final*, *best checkpoint*: geometric means over the tasks of the median loss over that of the
-  baseline, at the end and at the lowest validation loss. Losses below {
-    FLOORS["loss"]:g} count as that,
-  errors below {FLOORS["error"]:g} too, ratios and their inverses as {
-    CAP:g} at most. A run that has diverged
-  counts as an infinite loss.
+  mean; a target that is not reached counts as {HORIZON:g} budgets. Times are interpolated between
+  evaluations; one below {EARLIEST:g} budgets counts as that.
+- *final*, *lowest*: geometric means over the tasks of the median over that of the baseline, at the
+  end and at the lowest value after any evaluation. Training losses below {FLOORS["train_loss"]:g}
+  count as that, errors below {FLOORS["error"]:g} too, ratios and their inverses as {CAP:g} at most.
+  A run that has diverged counts as an infinite loss.
+- Training losses are those of up to {TRAINING_EXAMPLES} training examples in evaluation mode,
+  without dropout, augmentation or noise; of the digits that are generated, of all. On the heat
+  equation and the bandit they are of the same kind as the validation losses: the error of the
+  solution and the regret.
 - In brackets: the interval that holds 95% of {RESAMPLES:,} resamples of tasks and seeds.
 """

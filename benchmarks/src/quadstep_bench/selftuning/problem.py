@@ -29,8 +29,8 @@ Splits = dict[str, Columns]
 CHUNK = 250
 """How many examples are evaluated at a time."""
 
-MEASURED = 250
-"""How many of the training examples are evaluated, at most."""
+TRAINING_EXAMPLES = 250
+"""How many of the training examples are evaluated, at most, unless a task has more."""
 
 
 def classification(model: nn.Module, batch: Columns) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ class Problem:
 def from_splits(model: nn.Module, splits: Splits, **options: Any) -> Problem:
     """Makes a problem of a model and its splits; options are further attributes of it."""
     training = splits["train"]
-    measured = {**splits, "train": tuple(column[:MEASURED] for column in training)}
+    measured = {**splits, "train": tuple(column[:TRAINING_EXAMPLES] for column in training)}
     return Problem(model, training, measured, **options)
 
 

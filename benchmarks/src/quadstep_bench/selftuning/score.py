@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quadstep_bench.ratios import CAP, FLOOR
 from quadstep_bench.runner.files import RecordError, Row, number
 from quadstep_bench.selftuning.problem import GROUPS, TASKS
 from quadstep_bench.selftuning.runs import TRIAL_SEED, Run, winner
@@ -23,13 +25,21 @@ MEASURES: dict[Measure, str] = {
 }
 """What is compared, in the order of its weight, and how it is written."""
 
-Clock = Literal["passes", "seconds"]
+Clock = Literal["passes", "steps"]
 
-FLOORS: Mapping[str, float] = {"loss": 1e-4, "error": 2e-3}
-"""Lower values count as these: an error of half an example, and a loss that fits its data."""
+FLOORS: Mapping[str, float] = {"train_loss": FLOOR, "loss": 1e-7, "error": 2e-3}
+"""Lower values count as these: training losses that fit the data, held-out losses where rounding
+decides, and errors of half an example of 250."""
 
-CAP = 100.0
-"""What a ratio and its inverse count as at most."""
+KINDS: Mapping[Measure, str] = {
+    "validation_loss": "loss",
+    "validation_error": "error",
+    "train_loss": "train_loss",
+}
+"""Which of `FLOORS` a measure has."""
+
+EARLIEST = 0.01
+"""A target that is reached earlier, in budgets, counts as reached then."""
 
 HORIZON = 4.0
 """The time up to which the performance profile is integrated, in budgets of the baseline."""
@@ -64,9 +74,12 @@ class Runs:
         for row, values in zip(self.rows, self._values(measure), strict=True):
             times = elapsed(row, clock)
             below = np.flatnonzero(values <= target)
-            first = int(below[0]) if len(below) else -1
-            if first <= 0:
-                found.append(math.inf if first else 0.0)
+            if not len(below):
+                found.append(math.inf)
+                continue
+            first = int(below[0])
+            if first == 0:
+                found.append(0.0)
                 continue
             before, after = values[first - 1], values[first]
             share = (before - target) / (before - after) if math.isfinite(before) else 1.0
@@ -78,7 +91,7 @@ class Runs:
         return np.array([elapsed(row, clock)[-1] for row in self.rows])
 
     def _values(self, measure: str) -> Array:
-        """A row a run; one that has diverged goes on with infinity, as does a task without."""
+        """A row a run, infinite from where it diverged on; nan where a task has no error."""
         length = max(len(row[measure]) for row in self.rows)
         values = np.full((len(self.rows), length), math.inf)
         for index, row in enumerate(self.rows):
@@ -89,9 +102,9 @@ class Runs:
 
 
 def elapsed(row: Row, clock: Clock) -> Array:
-    """The time at each evaluation of a run: seconds, or forward passes; a backward one is two."""
-    if clock == "seconds":
-        return np.array(row["seconds"], dtype=float)
+    """The time at each evaluation of a run: steps, or forward passes; a backward one is two."""
+    if clock == "steps":
+        return np.array(row["step"], dtype=float)
     return np.array(row["forwards"], dtype=float) + 2.0 * np.array(row["backwards"], dtype=float)
 
 
@@ -142,7 +155,7 @@ def gather(records: Mapping[Run, Row]) -> list[TaskScores]:
         }
         if trial is None:
             continue
-        # The trial itself has a seed of its own, and was chosen by its result.
+        # The trial itself has a separate seed, and was chosen by its result.
         reruns = tuple(row for run, row in sorted(own.items()) if _is_rerun(run, trial))
         if reruns:
             found.append(TaskScores(task, trial, Runs(reruns), by_setting))
@@ -162,6 +175,8 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return ""
         return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
@@ -199,46 +214,52 @@ class Comparison:
     setting: str
     scores: Sequence[TaskScores]
 
-    def score(self, measure: Measure, clock: Clock = "passes") -> Score:
-        """Scores it by a measure, with intervals."""
+    def score(self, measure: Measure, step_times: Mapping[str, float] | None = None) -> Score:
+        """Scores it by a measure, with intervals.
+
+        Args:
+            measure: What is compared.
+            step_times: The time of its step over that of the baseline's on each task, to score by
+                wall-clock; without them passes are counted.
+        """
+        clock = "passes" if step_times is None else "steps"
         scores = [each for each in self.scores if math.isfinite(each.target(measure))]
         resampling = _Resampling(len(scores))
         times: list[Array] = []
-        own_times: list[Array] = []
+        baseline_times: list[Array] = []
         ratios: dict[str, list[Array]] = {"final": [], "best": []}
         for index, each in enumerate(scores):
             runs, baseline = each.runs[self.setting], each.baseline
-            target, budget = each.target(measure), each.budget(clock)
-            draw = resampling.draw
-            times.append(draw(index, runs.time(measure, target, clock) / budget))
-            own_times.append(
-                draw(index, baseline.time(measure, target, clock) / budget, is_baseline=True)
-            )
-            kind = "error" if measure == "validation_error" else "loss"
+            draw = partial(resampling.draw, index)
+            draw_baseline = partial(draw, is_baseline=True)
+            targets, budget = draw_baseline(baseline.best(measure)), each.budget(clock)
+            step_time = 1.0 if step_times is None else step_times[each.task]
+            time = _times(runs, targets, measure, clock, draw) / budget
+            times.append(step_time * time)
+            baseline_times.append(_times(baseline, targets, measure, clock, draw_baseline) / budget)
             for what, value in (("final", Runs.final), ("best", Runs.best)):
-                values, others = value(runs, measure), value(baseline, measure)
-                logs = log_ratio(draw(index, values), draw(index, others, is_baseline=True), kind)
-                ratios[what].append(logs)
-        time, own = np.array(times), np.array(own_times)
-        finite = np.where(np.isfinite(time), time, HORIZON)
-        own = np.where(np.isfinite(own), own, HORIZON)
-        # A target that is met at once would count as infinitely fast.
-        speed = np.log(np.maximum(own, 1 / CAP) / np.maximum(finite, 1 / CAP))
+                values, others = draw(value(runs, measure)), draw_baseline(value(baseline, measure))
+                ratios[what].append(log_ratio(values, others, KINDS[measure]))
+        reached = np.isfinite(np.array(times)) * float(len(scores))
+        time, other = (
+            np.clip(np.array(found), EARLIEST, HORIZON) for found in (times, baseline_times)
+        )
+        speed = np.log(other / time)
         return Score(
             len(scores),
-            resampling.estimate(np.isfinite(time) * float(len(scores))),
-            resampling.estimate(np.maximum(HORIZON - finite, 0.0) / HORIZON),
+            resampling.estimate(reached),
+            resampling.estimate(1.0 - time / HORIZON),
             resampling.estimate(speed, np.exp),
             resampling.estimate(np.array(ratios["final"]), np.exp),
             resampling.estimate(np.array(ratios["best"]), np.exp),
         )
 
-    def times(self, measure: Measure, clock: Clock = "passes") -> Array:
+    def times(self, measure: Measure) -> Array:
         """When the median run reaches each target, in budgets; infinite if never."""
         return np.array(
             [
-                np.median(each.runs[self.setting].time(measure, each.target(measure), clock))
-                / each.budget(clock)
+                np.median(each.runs[self.setting].time(measure, each.target(measure), "passes"))
+                / each.budget("passes")
                 for each in self.scores
                 if math.isfinite(each.target(measure))
             ]
@@ -260,29 +281,49 @@ class Comparison:
         ]
         return resampling.estimate(np.array(logs), np.exp)
 
-    def cost(self, clock: Clock) -> float:
-        """The geometric mean of the time of a run over that of the baseline."""
+    def passes(self) -> float:
+        """The geometric mean of the passes of a run over those of the baseline."""
         ratios = [
-            np.median(each.runs[self.setting].total(clock)) / each.budget(clock)
+            np.median(each.runs[self.setting].total("passes")) / each.budget("passes")
             for each in self.scores
         ]
         return float(np.exp(np.mean(np.log(ratios))))
 
 
+def _times(
+    runs: Runs, targets: Array, measure: Measure, clock: Clock, draw: Callable[[Array], Array]
+) -> Array:
+    """The median time to the target of each resample."""
+    found = np.empty_like(targets)
+    # The median of three runs is one of them: few targets differ.
+    for target in np.unique(targets):
+        at = targets == target
+        found[at] = draw(runs.time(measure, float(target), clock))[at]
+    return found
+
+
 def compare(scores: Sequence[TaskScores], settings: Iterable[str]) -> dict[str, Comparison]:
-    """Compares the settings that are recorded on all of the tasks."""
+    """Compares the settings that have as many runs as the baseline on all of the tasks."""
+
+    def is_complete(name: str, each: TaskScores) -> bool:
+        return name in each.runs and len(each.runs[name].rows) >= len(each.baseline.rows)
+
     return {
         name: Comparison(name, scores)
         for name in settings
-        if scores and all(name in each.runs for each in scores)
+        if scores and all(is_complete(name, each) for each in scores)
     }
 
 
 def log_ratio(values: Array, others: Array, kind: str) -> Array:
     """The logarithms of ratios, with floors and caps; two runs that diverged are level."""
     floor = FLOORS[kind]
+    # What overflowed is recorded as no number.
+    first, second = (
+        np.nan_to_num(each, nan=math.inf, posinf=math.inf) for each in (values, others)
+    )
     with np.errstate(invalid="ignore"):
-        logs = np.log(np.maximum(values, floor)) - np.log(np.maximum(others, floor))
+        logs = np.log(np.maximum(first, floor)) - np.log(np.maximum(second, floor))
     return np.clip(np.nan_to_num(logs, nan=0.0), -math.log(CAP), math.log(CAP))
 
 
@@ -291,8 +332,9 @@ class _Resampling:
 
     def __init__(self, tasks: int) -> None:
         self._tasks = tasks
-        counts = np.random.default_rng(0).multinomial(tasks, [1 / tasks] * tasks, RESAMPLES)
-        self._weights = np.concatenate([np.ones((1, tasks)), counts]) / tasks
+        if tasks:
+            counts = np.random.default_rng(0).multinomial(tasks, [1 / tasks] * tasks, RESAMPLES)
+            self._weights = np.concatenate([np.ones((1, tasks)), counts]) / tasks
 
     def draw(self, task: int, values: Array, is_baseline: bool = False) -> Array:
         """The median over the seeds of a task, in each resample."""
@@ -303,6 +345,8 @@ class _Resampling:
 
     def estimate(self, values: Array, transform: Callable[[Array], Array] = np.asarray) -> Estimate:
         """The mean over the tasks, given a row a task."""
+        if not self._tasks:
+            return Estimate(math.nan, math.nan, math.nan)
         means = transform((self._weights * values.T).sum(axis=1))
         low, high = np.quantile(means[1:], [0.025, 0.975])
         return Estimate(float(means[0]), float(low), float(high))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quadstep_bench.selftuning import data
-from quadstep_bench.selftuning.models import derivatives, perceptron, policy
+from quadstep_bench.selftuning.models import derivatives, log_policy, perceptron
 from quadstep_bench.selftuning.problem import SPLITS, Columns, Problem, from_splits, task
 from quadstep_bench.tasks import CLASSES
 
@@ -26,7 +26,7 @@ def few_data(root: Path | None) -> Problem:
 @task(GROUP, steps=2000, confirm=True)
 def noisy_labels(root: Path | None) -> Problem:
     """Digits with 30% of the training labels wrong."""
-    splits = data.fifths(data.digits())
+    splits = data.split_fifths(data.digits())
     inputs, labels = splits["train"]
     dice = torch.Generator().manual_seed(0)
     wrong = torch.rand(len(labels), generator=dice) < 0.3
@@ -56,21 +56,21 @@ def rare_words(root: Path | None) -> Problem:
 @task(GROUP, steps=1000)
 def unscaled_inputs(root: Path | None) -> Problem:
     """Classification of a table whose columns range from hundredths to thousands."""
-    splits = data.fifths(data.breast_cancer())
+    splits = data.split_fifths(data.breast_cancer())
     return from_splits(perceptron(30, 64, 64, 2), splits)
 
 
 @task(GROUP, steps=3000)
 def batches_of_4(root: Path | None) -> Problem:
     """Digits, four at a time."""
-    splits = data.fifths(data.digits())
+    splits = data.split_fifths(data.digits())
     return from_splits(perceptron(64, 100, 100, CLASSES), splits, batch_size=4)
 
 
 @task(GROUP, steps=600, confirm=True)
 def full_batches(root: Path | None) -> Problem:
     """Digits, all of them at each step."""
-    splits = data.fifths(data.digits())
+    splits = data.split_fifths(data.digits())
     return from_splits(perceptron(64, 100, 100, CLASSES), splits, batch_size=None)
 
 
@@ -113,24 +113,24 @@ def heat_equation(root: Path | None) -> Problem:
 @task(GROUP, steps=2000)
 def bandit_digits(root: Path | None) -> Problem:
     """Policy gradients: to guess the class of a digit, told only whether the guess is right."""
-    splits = data.fifths(data.digits())
+    splits = data.split_fifths(data.digits())
 
     def draw(model: nn.Module, batch: Columns) -> Columns:
         inputs, labels = batch
         with torch.no_grad():
-            actions = policy(model, inputs).exp().multinomial(1)
+            actions = log_policy(model, inputs).exp().multinomial(1)
         rewards = (actions.squeeze(1) == labels).float()
         # The mean reward of the batch is the baseline.
         return inputs, actions, rewards - rewards.mean()
 
     def loss(model: nn.Module, batch: Columns) -> Tensor:
         inputs, actions, advantages = batch
-        return -(advantages * policy(model, inputs).gather(1, actions).squeeze(1)).mean()
+        return -(advantages * log_policy(model, inputs).gather(1, actions).squeeze(1)).mean()
 
     def measure(model: nn.Module, batch: Columns) -> tuple[Tensor, Tensor]:
         """The expected regret, and how often the most likely guess is wrong."""
         inputs, labels = batch
-        chances = policy(model, inputs).exp()
+        chances = log_policy(model, inputs).exp()
         regret = 1.0 - chances.gather(1, labels.unsqueeze(1)).mean()
         return regret, (chances.argmax(1) != labels).float().mean()
 

