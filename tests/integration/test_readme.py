@@ -21,7 +21,7 @@ SETTINGS = {
     "AdamW 0.003": "adamw",
     "AdamW 0.01, warm-up and cosine": "adamw-cosine",
     "Prodigy, cosine": "prodigy",
-    "schedule-free AdamW, AlgoPerf's values": "schedulefree-algoperf",
+    "Prodigy, schedule-free averaging": "prodigy-schedulefree",
 }
 BETTER = {
     "prodigy": "Prodigy",
@@ -43,7 +43,7 @@ SENTENCES = (
     "its final validation loss is {final} times that of the tuned AdamW, above {losers}.",
     "awkward tasks ({awkward} times), less in fine-tuning ({finetuning}) and from scratch "
     "({scratch})",
-    "on the {tasks} tasks of [the suite] {training} times that of the best of {hand_tuned} "
+    "on the {tasks} tasks of [the suite][suite] {training} times that of the best of {hand_tuned} "
     "hand-tuned",
     "at or below it on {training_wins} of {tasks} tasks, and there in {steps} of the steps",
     "{decayed_training} times with more weight decay. Its held-out loss there: {held_out} times "
