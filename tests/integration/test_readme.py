@@ -49,7 +49,8 @@ SENTENCES = (
     "{decayed_training} times with more weight decay. Its held-out loss there: {held_out} times "
     "the best, {best_checkpoint} at the best checkpoint; {decayed_held_out} and "
     "{decayed_best_checkpoint} with more weight decay.",
-    "{cpu_least} to {cpu_most} times the time of a step of AdamW on a processor",
+    "{cpu_least} to {cpu_most} times the time of a step of AdamW on a processor ({small_cost} on "
+    "average on the {jobs} small tasks)",
     "the default takes {h100_least} to {h100_most} times a step of AdamW there",
     "with dropout: {trainer_plateau} of a small BERT end on the first plateau",
     "Of the paper's {claims} claims on the method",
@@ -113,6 +114,7 @@ def recorded() -> dict[str, Any]:
     tuning = json.loads((RESULTS / "selftuning.json").read_text())
     groups = tuning["settings"]["lqa-auto"]["groups"]
     decayed = tuning["settings"]["lqa-auto-decay"]["groups"]
+    step_times = tuning["settings"]["lqa-auto"]["step_times"]
     losses = {
         name: setting["validation_loss"]["final"]["value"]
         for name, setting in tuning["settings"].items()
@@ -153,6 +155,7 @@ def recorded() -> dict[str, Any]:
         "decayed_best_checkpoint": settings["lqa-auto-decay"][2],
         "steps": re.search(r"([\d.]+) of the steps where it is reached", suite)[1],
         "trainer_plateau": trainer["LQA, `Trainer`"][2],
+        "small_cost": f"{statistics.geometric_mean(step_times.values()):.2f}",
         "cpu_least": cpu[0],
         "cpu_most": cpu[-1],
         "h100_least": h100[0],
