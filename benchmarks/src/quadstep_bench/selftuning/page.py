@@ -220,7 +220,8 @@ def constant_losses(each: TaskScores) -> dict[str, Losses]:
     names = (MEASURED, *CONSTANT_RATES)
     if not each.runs.keys() >= set(names):
         return {}
-    seeds = set.intersection(*({row["seed"] for row in each.runs[name].rows} for name in names))
+    present = [{int(row["seed"]) for row in each.runs[name].rows} for name in names]
+    seeds = {seed for seed in present[0] if all(seed in other for other in present)}
     if not seeds:
         return {}
 
