@@ -132,7 +132,7 @@ def test_a_target_that_is_met_before_the_first_step_is_no_infinite_speed() -> No
 
 
 def test_intervals_hold_their_number() -> None:
-    """The target of a resample is that of its own baseline, which always reaches it."""
+    """The target of a resample is that of the resampled baseline, which always reaches it."""
     # Baselines whose lowest losses differ, on the way to which they take the same time.
     baseline = [[8.0, 4.0, low] for low in (1.9, 2.0, 2.1)]
     entrant = [[8.0, 3.0, low] for low in (1.8, 1.9, 2.0)]

@@ -5,7 +5,6 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import re
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from quadstep_bench.selftuning.problem import SPLITS, Columns, Splits
 from quadstep_bench.tasks import CLASSES, CONTEXT, data
-from quadstep_bench.tasks.data import DataError, DataName
+from quadstep_bench.tasks.data import DataName
 
 MODULES = (
     "argparse",
@@ -122,7 +121,7 @@ def text(modules: Sequence[str], sizes: Sequence[int]) -> Splits:
     The splits are parts of the text, one after the other. Windows to train with do not overlap
     where the text is long enough.
     """
-    codes = data.characters("".join(_source(name) for name in modules))
+    codes = data.characters("".join(data.source(name) for name in modules))
     shares = torch.tensor([0, *sizes], dtype=torch.float64).cumsum(0) / sum(sizes)
     borders = (shares * len(codes)).long().tolist()
     found: Splits = {}
@@ -138,7 +137,7 @@ def lines(sizes: Sequence[int]) -> dict[str, tuple[list[str], Tensor]]:
     chosen: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(MODULES):
-        found = dict.fromkeys(line.strip() for line in _source(name).splitlines())
+        found = dict.fromkeys(line.strip() for line in data.source(name).splitlines())
         long = [line for line in found if len(words(line)) >= 4]
         chosen += long
         labels += [label] * len(long)
@@ -152,14 +151,3 @@ def lines(sizes: Sequence[int]) -> dict[str, tuple[list[str], Tensor]]:
 def words(line: str) -> list[str]:
     """The words of a line, in lower case."""
     return re.findall(r"[a-z]+", line.lower())
-
-
-def _source(name: str) -> str:
-    path = Path(sysconfig.get_path("stdlib")) / f"{name}.py"
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise DataError(
-            f"cannot load text: {error}. It is taken from the sources of Python's standard "
-            "library: use a Python that has them as files"
-        ) from error

@@ -16,8 +16,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from quadstep_bench.figures import SETTINGS, save
 from quadstep_bench.selftuning.entrants import ENTRANTS
-from quadstep_bench.selftuning.problem import GROUPS, TASKS
+from quadstep_bench.selftuning.problem import GROUPS
 from quadstep_bench.selftuning.score import Comparison, TaskScores, compare
+from quadstep_bench.selftuning.tasks import TASKS
 
 _STYLES: dict[str, Any] = {
     "lqa-auto": {"color": "#D55E00", "linestyle": "solid", "linewidth": 2.6},

@@ -34,7 +34,7 @@ from quadstep_bench.selftuning.entrants import (
     Setting,
     constant,
 )
-from quadstep_bench.selftuning.problem import Columns, Problem, Task
+from quadstep_bench.selftuning.problem import GROUPS, Columns, Problem, Task, check_task
 from quadstep_bench.selftuning.tasks import TASKS
 from quadstep_bench.tasks import check_name
 
@@ -102,7 +102,7 @@ class Records:
             RecordError: A file holds something else; names the line and how to fix it.
         """
         found: dict[Run, Row] = {}
-        for group in dict.fromkeys(task.group for task in TASKS.values()):
+        for group in GROUPS:
             path = self.path(group)
             for line, row in enumerate(read_rows(path), start=1):
                 try:
@@ -202,7 +202,7 @@ def select_tasks(names: Sequence[str] | None, confirm: bool, console: Console) -
         ValueError: A name is unknown, or a package that it needs is not installed.
     """
     for name in names or ():
-        check_name("task", name, TASKS)
+        check_task(name)
     known = {name: task for name, task in TASKS.items() if names or confirm or not task.confirm}
     return select_available("task", names, known, console)
 
@@ -213,7 +213,7 @@ def select_available(
     known: Mapping[str, Task] | Mapping[str, Setting],
     console: Console,
 ) -> list[str]:
-    """The names that were asked for, or all whose packages are installed, with a word on others."""
+    """The names asked for, or all whose packages are installed, with a message on the others."""
     missing = {
         name: [package for package in known[name].needs if version(package) is None]
         for name in (known if names is None else names)
@@ -284,9 +284,9 @@ def train(run: Run, root: Path | None = None) -> Row:
     progress.evaluate(0)
     at = {round(task.steps * share / EVALUATIONS) for share in range(1, EVALUATIONS + 1)}
     for step, batch in enumerate(islice(problem.batches(run.seed), task.steps), start=1):
-        # In the middle of the step, so that neither the first nor the last is lost.
-        factor = setting.schedule((step - 0.5) / task.steps)
         if setting.schedule is not constant:
+            # In the middle of the step, so that neither the first nor the last is lost.
+            factor = setting.schedule((step - 0.5) / task.steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = factor * rate
         progress.step(batch)

@@ -11,19 +11,13 @@ from numpy.typing import NDArray
 
 from quadstep_bench.ratios import CAP, FLOOR
 from quadstep_bench.runner.files import RecordError, Row, number
-from quadstep_bench.selftuning.problem import GROUPS, TASKS
+from quadstep_bench.selftuning.problem import GROUPS
 from quadstep_bench.selftuning.runs import TRIAL_SEED, Run, winner
+from quadstep_bench.selftuning.tasks import TASKS
 
 Array = NDArray[np.float64]
 
 Measure = Literal["validation_loss", "validation_error", "train_loss"]
-
-MEASURES: dict[Measure, str] = {
-    "validation_loss": "validation loss",
-    "validation_error": "validation error",
-    "train_loss": "training loss",
-}
-"""What is compared, in the order of its weight, and how it is written."""
 
 Clock = Literal["passes", "steps"]
 
@@ -31,12 +25,12 @@ FLOORS: Mapping[str, float] = {"train_loss": FLOOR, "loss": 1e-7, "error": 2e-3}
 """Lower values count as these: training losses that fit the data, held-out losses where rounding
 decides, and errors of half an example of 250."""
 
-KINDS: Mapping[Measure, str] = {
+MEASURES: Mapping[Measure, str] = {
     "validation_loss": "loss",
     "validation_error": "error",
     "train_loss": "train_loss",
 }
-"""Which of `FLOORS` a measure has."""
+"""What is compared, in the order of its weight, and which of `FLOORS` it has."""
 
 EARLIEST = 0.01
 """A target that is reached earlier, in budgets, counts as reached then."""
@@ -239,7 +233,7 @@ class Comparison:
             baseline_times.append(_times(baseline, targets, measure, clock, draw_baseline) / budget)
             for what, value in (("final", Runs.final), ("best", Runs.best)):
                 values, others = draw(value(runs, measure)), draw_baseline(value(baseline, measure))
-                ratios[what].append(log_ratio(values, others, KINDS[measure]))
+                ratios[what].append(log_ratio(values, others, MEASURES[measure]))
         reached = np.isfinite(np.array(times)) * float(len(scores))
         time, other = (
             np.clip(np.array(found), EARLIEST, HORIZON) for found in (times, baseline_times)

@@ -286,17 +286,25 @@ def _text() -> Data:
 
 
 def _windows(modules: Sequence[str], number: int) -> Tensor:
-    folder = Path(sysconfig.get_path("stdlib"))
+    codes = characters("".join(source(name) for name in modules))
+    starts = torch.linspace(0, len(codes) - CONTEXT - 1, number, dtype=torch.float64).long()
+    return codes[starts.unsqueeze(1) + torch.arange(CONTEXT + 1)]
+
+
+def source(module: str) -> str:
+    """Reads the source of a module of Python's standard library.
+
+    Raises:
+        DataError: This Python does not have it as a file.
+    """
+    path = Path(sysconfig.get_path("stdlib")) / f"{module}.py"
     try:
-        text = "".join((folder / f"{name}.py").read_text("utf-8") for name in modules)
+        return path.read_text("utf-8")
     except OSError as error:
         raise DataError(
             f"cannot load text: {error}. It is taken from the sources of Python's standard "
             "library: use a Python that has them as files"
         ) from error
-    codes = characters(text)
-    starts = torch.linspace(0, len(codes) - CONTEXT - 1, number, dtype=torch.float64).long()
-    return codes[starts.unsqueeze(1) + torch.arange(CONTEXT + 1)]
 
 
 def characters(text: str) -> Tensor:

@@ -1,6 +1,6 @@
 """The tasks, by name; each is a function in the file of its group."""
 
-from quadstep_bench.selftuning.problem import TASKS, Problem, Task
+from quadstep_bench.selftuning.problem import TASKS
 from quadstep_bench.selftuning.tasks import awkward, finetuning, scratch
 
-__all__ = ["TASKS", "Problem", "Task", "awkward", "finetuning", "scratch"]
+__all__ = ["TASKS", "awkward", "finetuning", "scratch"]
