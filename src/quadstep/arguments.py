@@ -191,9 +191,10 @@ def _copy_with_small_params(base: Optimizer) -> Optimizer:
 
 def check_options(direction: Any, averaging: Any, every: Any, delta0: Any) -> None:
     """Refuses choices that do not exist and numbers out of range; None stands for a default."""
-    if direction not in (None, "rms", "sgd"):
+    is_known = direction in (None, "rms", "gradient")
+    if not (is_known or callable(getattr(direction, "line", None))):
         raise ValueError(
-            f'direction must be "rms" or "sgd", got {direction!r}; to follow another '
+            f'direction must be "rms" or "gradient", got {direction!r}; to follow another '
             "optimizer's steps pass the optimizer itself: LQA(torch.optim.AdamW(params))"
         )
     if averaging not in (None, "auto", "schedule-free"):
@@ -204,7 +205,7 @@ def check_options(direction: Any, averaging: Any, every: Any, delta0: Any) -> No
     if delta0 is not None and not 0.0 < _number(delta0) < math.inf:
         raise ValueError(
             f"delta0 must be a positive finite number, got {delta0!r}; "
-            "it is only the first rate, a small one such as 1e-4 is safe"
+            "it is only the first probe distance, a small one such as 1e-4 is safe"
         )
 
 
@@ -230,8 +231,8 @@ def check_memory(state_dtype: Any, restore: Any, has_state: bool, is_wrapper: bo
     if state_dtype is not None and not has_state:
         raise ValueError(
             "state_dtype is the type of LQA's own state, of which there is none without averaging "
-            f'around an optimizer or along "sgd", got state_dtype={state_dtype}; leave it out, or '
-            'pass averaging="schedule-free"'
+            f"around an optimizer, got state_dtype={state_dtype}; leave it out, or pass "
+            'averaging="schedule-free"'
         )
     if restore not in ("copy", "subtract"):
         raise ValueError(f'restore must be "copy" or "subtract", got {restore!r}')
@@ -257,8 +258,8 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any], decays: bool) -
         )
     if decay and not decays:
         raise ValueError(
-            f'weight_decay goes with direction="rms", got weight_decay={decay!r} along "sgd"; '
-            f"wrap an optimizer that has it: LQA(torch.optim.SGD(params, weight_decay={decay!r}))"
+            f"weight_decay must be 0 in LQA.paper, whose direction is the gradient, got {decay!r}; "
+            "add the penalty to the loss, or train with LQA(params)"
         )
 
 

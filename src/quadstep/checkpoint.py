@@ -33,7 +33,7 @@ def _layout(kind: Any, prefix: str) -> tuple[tuple[str, str, type[Any] | None], 
     return tuple((n, prefix + n, hints[n] if is_dataclass(hints[n]) else None) for n in names)
 
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 PREFIX = "lqa."  # of the keys of all scalars of the state
 RATE = "lqa.rate"  # the rate of each param group, whatever others write into its lr
 VERSION, TRAINING = "lqa.version", "lqa.training"

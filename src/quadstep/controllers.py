@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from quadstep.quadratic import LARGE_CHANGE, LineSamples, Quadratic, divide
-from quadstep.statistics import LossStatistics, NoiseEstimate, SlopeCheck, ema, weighted_mean
+from quadstep.quadratic import LineSamples, Quadratic, divide
+from quadstep.statistics import Ema, LossStatistics, NoiseEstimate, SlopeCheck
 
 SMALLEST_RATE, LARGEST_RATE = 1e-30, 1e30
 OVERFLOW = 3.4e38  # beyond this a rate is not finite in single precision
+WIDENING = 10.0  # factor of the probe distance where rounding hides the curvature
+SETTLED = 1.1  # growth up to which the rate is reused before the next measurement
 
 
 class Reason(StrEnum):
@@ -27,12 +29,13 @@ class Reason(StrEnum):
 
     INITIAL = "initial"  # no step was taken yet: the first rate, or that of a loaded state
     MINIMUM = "minimum"  # the minimizer of the quadratic
-    HELD = "held"  # not measured, not being due or all gradients being zero: the rate is reused
-    GROWN = "grown"  # the minimizer is beyond the trust region: the rate is at its radius
-    SHRUNK = "shrunk"  # the minimizer is far below the rate, or the loss rises: a contraction
-    CONCAVE = "concave"  # no minimum (b <= 0): an expansion, where the trust region allows
+    RADIUS = "radius"  # the trust region ends before the minimizer
+    POLYAK = "polyak"  # a larger rate would promise a loss below zero
+    REUSED = "reused"  # not measured, not being due or all gradients being zero
+    REJECTED = "rejected"  # the loss rises far: a contraction
+    CONCAVE = "concave"  # no minimum (b <= 0): the rate is at the radius
     ASCENT = "ascent"  # the loss rises along the direction (a <= 0): a contraction
-    NOISE = "noise"  # the losses differ by less than rounding resolves: the probes move out
+    UNRESOLVED = "unresolved"  # the losses differ by less than rounding: the probes move out
     NON_FINITE = "non_finite"  # a loss, a gradient or the rate is not finite: no step was taken
 
 
@@ -62,51 +65,23 @@ class VertexState:
 
 
 @dataclass(frozen=True, slots=True)
-class RegionState:
-    """How the loss has changed on successive batches, and the bounds of the rate that follow."""
-
-    losses: LossStatistics
-    second_mean: float  # moving average of the loss, slower or faster than that of `losses`
-    peak_loss: float  # largest absolute mean of the losses, slowly forgotten
-    reference_loss: float  # the loss from which a decrease counts
-    predicted_reduction: float = 0.0  # moving average, of one step
-    total_predicted_reduction: float = 0.0  # sum over all steps
-    updates: int = 0  # number of losses
-    last_success: int = 0  # `updates` at the last sufficient decrease; zero before
-    radius: float = 0.0  # of the trust region, a rate; zero before the first success
-    damping: float = 1.0  # fraction of the minimizer to take
-
-    REDUCTION_WEIGHT: ClassVar[float] = 0.1  # of the newest predicted reduction
-
-    @classmethod
-    def initial(cls, loss: float) -> RegionState:
-        """Starts with the first loss."""
-        return cls(LossStatistics.initial(loss), loss, abs(loss), loss)
-
-    def record(self, loss: float, reduction: float, weight: float, decay: float) -> RegionState:
-        """Adds a loss and a predicted reduction, by the weights of `second_mean` and spread."""
-        past = self.predicted_reduction
-        return replace(
-            self,
-            losses=self.losses.update(loss, decay),
-            second_mean=ema(self.second_mean, loss, weight),
-            predicted_reduction=weighted_mean(past, reduction, self.REDUCTION_WEIGHT),
-            total_predicted_reduction=self.total_predicted_reduction + reduction,
-            updates=self.updates + 1,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class TrustRegionState:
     """What is known of the line, of the losses and of the measurements."""
 
-    region: RegionState = field(default=RegionState.initial(0.0))
     quadratic: Quadratic = field(default=Quadratic(0.0, 0.0))  # averaged
     fits: int = 0  # number of fits in it
-    steps_since_contraction: int = 0  # in measurements
-    loss_scale: float = 0.0  # moving average of the absolute loss
+    measurements: int = 0  # number of losses
+    contraction: int = 0  # `measurements` at the last contraction
+    adapted: int = 0  # `measurements` at the last expansion or contraction of the radius
+    success: int = 0  # `measurements` at the last sufficient decrease; zero before
+    losses: LossStatistics = field(default=LossStatistics())
+    reference: float = -math.inf  # the level of the losses from which a decrease counts
+    reduction: Ema = field(default=Ema())  # predicted, of one step
+    total_reduction: float = 0.0  # predicted since the last success
+    radius: float = 0.0  # of the trust region, a rate; zero before the first rate was estimated
     minimum_distance: float = 0.0  # of the probes, for the losses to resolve the curvature
-    outlier_count: int = 0  # fits in a row that contradict the averaged quadratic
+    rejections: int = 0  # steps in a row that were rejected
+    accepted: float = 0.0  # the rate of the last step that was not
     noise: NoiseEstimate = field(default=NoiseEstimate())
     slope_check: SlopeCheck = field(default=SlopeCheck())
 
@@ -170,158 +145,59 @@ class VertexController:
         return VertexState(fit, state.fits + 1), Decision(minimizer, minimizer, reason)
 
 
-def _check(config: object, names: str, low: float, high: float) -> None:
-    for name in names.split():
-        if not low <= getattr(config, name) <= high:
-            raise ValueError(f"{name} must be in [{low}, {high}], not {getattr(config, name)}")
-
-
-@dataclass(frozen=True, slots=True)
-class Damping:
-    """Damps the minimizer while the loss rises: the rule for iterates that are not averaged.
-
-    The noise of a batch also decreases along a direction computed from it, so the minimizer of one
-    batch is too far out. A loss that rises on the batches that follow shows this.
-    """
-
-    decrease: float = 0.98  # factor of the damping at a measurement while the loss rises
-    increase: float = 1.01  # and while it falls; 1.002 around an optimizer that has momentum
-    minimum: float = 0.1  # of the damping
-    significance: float = 3.0  # decrease of the loss that is sufficient, in spreads
-    window: float = 50.0  # steps after which a predicted reduction would be visible
-    initial_growth: float = 0.02  # fraction of the growth before the first sufficient decrease
-    contraction: float = 0.9  # factor of the rate while the loss rises along a concave line
-    mean_weight: float = 0.01  # of the newest loss in the second mean, a slow one
-    spread_decay: float = 0.1  # weight of a deviation below the spread
-
-    def __post_init__(self) -> None:
-        fractions = "decrease minimum initial_growth contraction mean_weight spread_decay"
-        _check(self, fractions, 0.0, 1.0)
-        _check(self, "significance window", 0.0, math.inf)
-        _check(self, "increase", 1.0, math.inf)
-
-    def update(self, state: RegionState, loss: float, rate: float, reduction: float) -> RegionState:
-        """Adds the loss before a step at a rate, and the reduction predicted of the step."""
-        state = state.record(loss, reduction, self.mean_weight, self.spread_decay)
-        mean, highest = state.losses.mean, max(state.reference_loss, state.losses.mean)
-        factor = self.decrease if mean > state.second_mean else self.increase
-        damping = min(max(state.damping * factor, self.minimum), 1.0)
-        sufficient = highest - mean > self.significance * state.losses.spread
-        success = state.updates if sufficient else state.last_success
-        return replace(state, reference_loss=highest, last_success=success, damping=damping)
-
-    def clip(self, state: RegionState, rate: float, proposed: float, convex: bool = True) -> float:
-        """Clips a proposed rate; without a minimum to damp, a damped rate stays or contracts."""
-        invisible = self.window * state.predicted_reduction <= state.losses.spread
-        if state.damping < 1.0 and not (convex or invisible):
-            return self.contraction * rate if state.losses.mean > state.second_mean else rate
-        free = state.last_success or invisible
-        return proposed if free else rate + self.initial_growth * (proposed - rate)
-
-
-@dataclass(frozen=True, slots=True)
-class SufficientDecrease:
-    """Expands the trust region at each sufficient decrease: the rule for averaged iterates.
-
-    It does not bind where predicted reductions are too small to be visible beside the spread. The
-    rate contracts if many were predicted before any success, and if the loss rises long after one.
-    """
-
-    significance: float = 1.0  # decrease of the loss that is sufficient, in spreads
-    window: float = 12.0  # steps after which a predicted reduction would be visible
-    failure: float = 10.0  # predicted reductions without success that contract, in spreads
-    contraction: float = 0.95  # factor of the rate for these
-    warmup: int = 10  # measurements in which the reference is the highest mean
-    reference_weight: float = 0.01  # of a mean above the reference, so that an outlier fades
-    overdue: int = 20  # measurements since a success from which on a higher loss contracts
-    decay_power: float = 3.0  # the rate then falls with the updates to this negative power
-    expansion: float = 1.7  # factor of the rate for each success
-    converged: float = 0.01  # fraction of the peak loss below which the radius expands no more
-    peak_decay: float = 0.999  # factor of the peak loss at a measurement
-    mean_weight: float = 0.3  # of the newest loss in the second mean, a fast one
-    spread_decay: float = 0.03  # weight of a deviation below the spread, against false positives
-
-    def __post_init__(self) -> None:
-        fractions = "contraction reference_weight converged peak_decay mean_weight spread_decay"
-        _check(self, fractions, 0.0, 1.0)
-        _check(self, "significance window failure warmup overdue", 0.0, math.inf)
-        _check(self, "decay_power", 0.0, self.overdue)
-        _check(self, "expansion", 1.0, math.inf)
-
-    def update(self, state: RegionState, loss: float, rate: float, reduction: float) -> RegionState:
-        """Adds the loss before a step at a rate, and the reduction predicted of the step."""
-        state = state.record(loss, reduction, self.mean_weight, self.spread_decay)
-        mean, reference = state.losses.mean, max(state.reference_loss, state.losses.mean)
-        if state.updates >= self.warmup:
-            reference = ema(state.reference_loss, reference, self.reference_weight)
-        peak = max(self.peak_decay * state.peak_loss, abs(mean))
-        state = replace(state, peak_loss=peak, reference_loss=reference)
-        if not mean < reference - self.significance * state.losses.spread:
-            return state
-        radius = rate if self._has_converged(state) else self.expansion * rate
-        # The mean lags behind, and would show the same decrease again.
-        reference = min(mean, state.second_mean)
-        return replace(state, reference_loss=reference, last_success=state.updates, radius=radius)
-
-    def clip(self, state: RegionState, rate: float, proposed: float, convex: bool = True) -> float:
-        """Clips a proposed rate to the radius, or contracts."""
-        spread = state.losses.spread
-        invisible = rate * divide(spread, self.window * state.predicted_reduction)
-        if not state.radius:
-            failed = state.total_predicted_reduction > self.failure * spread
-            return min(proposed, max(self.contraction * rate if failed else rate, invisible))
-        smallest = largest = max(rate, state.radius)
-        overdue = state.updates - state.last_success > self.overdue
-        if overdue and not self._has_converged(state) and state.losses.mean > state.reference_loss:
-            smallest = rate * (1.0 - self.decay_power / state.updates)
-        return min(proposed, max(smallest, min(invisible, largest)))
-
-    def _has_converged(self, state: RegionState) -> bool:
-        return abs(state.losses.mean) < self.converged * state.peak_loss
-
-
 @dataclass(frozen=True, slots=True)
 class TrustRegionConfig:
-    """The constants of `TrustRegionController`, by default those for averaged iterates."""
+    """The constants of `TrustRegionController`; docs/research.md has what each of them is worth.
 
-    rule: SufficientDecrease | Damping = field(default=SufficientDecrease())
-    smoothing: float = 0.97  # weight of the past in the averaged quadratic; 0 takes the last alone
-    growth: float = 3.0  # largest factor by which a measurement raises the rate
-    growth_decays: bool = True  # to 1 + (growth - 1) / (measurements since the last contraction)
-    contraction: float = 0.1  # smallest factor by which a measurement lowers the rate
-    rejection: float = 0.5  # fraction of the rate: a minimizer below it rejects the step
-    step_cap: float = math.inf  # Polyak step cap, in loss / slope: 2 allows a minimum of zero loss
-    catch_up: float = 300.0  # the rate is at least the minimizer over this, where the rule allows
-    settled_growth: float = 1.1  # growth up to which the rate may be reused
-    outliers: int = 10  # fits in a row that contradict the averaged one and then replace it
-    outlier_ratio: float = 10.0  # ratio of minimizers that contradict each other
-    loss_cap: float = 10.0  # largest loss that counts in the loss scale, in loss scales
-    signal: float = 1e3  # second difference at the minimum distance, in rounding errors
-    largest_change: float = LARGE_CHANGE  # bound of the same for coarse dtypes, in losses
-    widening: float = 10.0  # factor of the distance where the curvature is unresolved
+    Lengths of time are in measurements.
+    """
+
+    memory: float = 33.0  # of the averaged quadratic, and of the level from which a decrease counts
+    loss_memory: float = 10.0  # of the statistics of the losses
+    start: float = 100.0  # the first rate is the first minimizer over this
+    growth: float = 2.0  # n measurements after a contraction the rate grows by 1 + growth / n
+    contraction: float = 0.1  # smallest factor of the rate at a measurement
+    rejection: float = 0.5  # factor of the rate below which the step is rejected
+    significance: float = 1.0  # decrease of the loss that is sufficient, in spreads
+    expansion: float = 1.7  # the radius after a sufficient decrease, in rates
+    window: float = 12.0  # steps within which a predicted reduction would be visible
+    failure: float = 10.0  # predicted reductions without success that contract, in spreads
+    converged: float = 0.01  # gap of the losses, in peak gaps, from which on there is no expansion
+    polyak: float = 2.0  # largest rate, in gap / slope: an exact parabola above zero allows two
+    literal: int = 1
+    restart: int = 10  # rejected steps in a row after which the search starts over
 
     def __post_init__(self) -> None:
-        _check(self, "smoothing contraction rejection largest_change", 0.0, 1.0)
-        _check(self, "step_cap", 0.0, math.inf)
-        factors = "growth catch_up settled_growth outliers outlier_ratio loss_cap signal widening"
-        _check(self, factors, 1.0, math.inf)
+        for names, low, high in (
+            ("contraction rejection converged", 0.0, 1.0),
+            ("memory loss_memory start expansion restart", 1.0, math.inf),
+            ("growth significance window failure polyak", 0.0, math.inf),
+        ):
+            for name in names.split():
+                if not low <= getattr(self, name) <= high:
+                    value = getattr(self, name)
+                    raise ValueError(f"{name} must be in [{low}, {high}], not {value}")
 
 
 @dataclass(frozen=True, slots=True)
 class TrustRegionController:
-    """The minimizer of an averaged quadratic, clipped to a trust region.
+    """The smallest of the minimizer of an averaged quadratic, a radius and Polyak's step.
 
-    Slope and curvature are averaged one by one, so that steep batches count for more. The first
-    fits weigh equally, since the slope at the start is many times that of later.
+    The radius of the trust region expands after a sufficient decrease of the loss, one beyond its
+    spread. It contracts where many times the spread was predicted, and would have been seen by
+    now, and the loss is not lower. It does not bind where a predicted reduction is too small to be
+    seen beside the spread. Slope and curvature are averaged one by one, so that steep batches count
+    for more. Source: Zhu et al. (equation 3); Conn, Gould and Toint, "Trust-Region Methods" (2000);
+    Polyak, "Introduction to Optimization" (1987).
 
     Example:
-        >>> controller = TrustRegionController(TrustRegionConfig())
+        >>> controller = TrustRegionController()
         >>> samples = LineSamples(0.5, loss_ahead=0.75, loss_center=1.0, loss_behind=1.75)
         >>> controller.update(TrustRegionState(), 0.5, samples)[1].rate
-        0.5
+        0.005
     """
 
-    config: TrustRegionConfig
+    config: TrustRegionConfig = field(default_factory=TrustRegionConfig)
     state_type: ClassVar[type[TrustRegionState]] = TrustRegionState
     needs_slope: ClassVar[bool] = True
 
@@ -333,104 +209,136 @@ class TrustRegionController:
     def update(
         self, state: TrustRegionState, rate: float, samples: LineSamples
     ) -> tuple[TrustRegionState, Decision]:
-        """Chooses a finite rate in [contraction * rate, growth * rate], or beyond by `catch_up`.
-
-        A step is rejected after a large contraction, along a rising line or a non-finite one.
-        """
-        config, rate = self.config, _clamp(rate)
-        check = state.slope_check.update(samples, state.region.damping)
-        if check.passes and samples.is_finite:
+        """Chooses a finite rate; a step is rejected along a rising line or a non-finite one."""
+        config, rate, center = self.config, _clamp(rate), samples.loss_center
+        state = replace(state, slope_check=state.slope_check.update(samples))
+        if state.slope_check.passes and samples.is_finite:
             # Only fits of one kind are averaged.
             samples = replace(samples, loss_behind=None)
-        fit, center = Quadratic.fit(samples), samples.loss_center
-        unresolved, is_finite = samples.curvature_unresolved, samples.is_finite
-        region, noise = state.region, state.noise
+        fit, spread = Quadratic.fit(samples), state.losses.spread
         if math.isfinite(center):
-            slope, curvature = (0.0, 0.0) if unresolved else (fit.slope, fit.curvature)
-            reduction = rate * (slope - curvature * rate)
-            reduction = max(0.0, reduction) if math.isfinite(reduction) else 0.0
-            if is_finite:
-                losses = (*samples.recent_losses, center)
-                noise = noise.update(losses, reduction, rate * abs(slope))
-            region = region if state.loss_scale else RegionState.initial(center)
-            region = config.rule.update(region, center, rate, reduction)
-        state = replace(state, region=region, noise=noise, slope_check=check)
-        if not (is_finite and math.isfinite(fit.slope) and math.isfinite(fit.curvature)):
-            reason, hint = Reason.NON_FINITE, 0.0
-        elif samples.loss_ahead - center > max(abs(center), state.loss_scale):
+            state = self._observe(state, rate, samples, fit)
+        if not (samples.is_finite and math.isfinite(fit.slope) and math.isfinite(fit.curvature)):
+            return self._contract(state, rate, samples, 0.0, Reason.NON_FINITE)
+        rise = samples.loss_ahead - center
+        if rise > max(config.failure * spread, fit.slope * samples.distance, 0.0):
             # So far out a quadratic does not fit: its minimizer gives the order of magnitude.
-            reason, hint = Reason.SHRUNK, fit.minimizer if fit.has_minimum_ahead else 0.0
-        elif unresolved:
+            hint = fit.minimizer if fit.has_minimum_ahead else 0.0
+            return self._contract(state, rate, samples, hint, Reason.REJECTED)
+        if samples.curvature_unresolved:
             if not state.fits and samples.slope_unresolved and not samples.contradicts_gradient:
                 rate = max(rate, _clamp(samples.distance))
-            distance = _clamp(config.widening * samples.distance)
-            return replace(state, minimum_distance=distance), Decision(rate, rate, Reason.NOISE)
-        else:
-            return self._choose(self._average(state, fit, samples), rate)
-        # Probes beyond the rate tell nothing of the rate itself.
-        if samples.distance <= rate:
-            rate = _clamp(rate * min(max(hint / rate, config.contraction), config.rejection))
-        state = replace(state, minimum_distance=0.0, steps_since_contraction=0)
-        return state, Decision(rate, 0.0, reason)
+            distance = _clamp(WIDENING * samples.distance)
+            state = replace(state, minimum_distance=distance)
+            return state, Decision(rate, rate, Reason.UNRESOLVED)
+        state = replace(state, minimum_distance=samples.resolved_distance)
+        if state.radius:
+            return self._choose(self._average(state, fit), rate)
+        return self._start(state, rate, samples, fit)
 
-    def _average(
-        self, state: TrustRegionState, fit: Quadratic, samples: LineSamples
+    def _observe(
+        self, state: TrustRegionState, rate: float, samples: LineSamples, fit: Quadratic
     ) -> TrustRegionState:
-        """Averages the fit and the scales; the last of many outliers replaces the average."""
-        config, past, outliers, fits = self.config, state.quadratic, 0, state.fits + 1
-        if fit.has_minimum_ahead and state.fits:
-            near, far = sorted((past.minimizer, fit.minimizer))
-            if far > config.outlier_ratio * near or not past.has_minimum_ahead:
-                outliers = state.outlier_count + 1
-        if outliers == config.outliers:
-            fits, outliers = 1, 0
-        weight = max(1.0 - config.smoothing, 1.0 / fits)
-        slope = weighted_mean(past.slope, fit.slope, weight)
-        curvature = weighted_mean(past.curvature, fit.curvature, weight)
-        scale = loss = abs(samples.loss_center)
-        if state.loss_scale != 0.0:
-            capped = min(loss, config.loss_cap * state.loss_scale)
-            scale = config.smoothing * state.loss_scale + (1.0 - config.smoothing) * capped
-        largest = config.largest_change * max(loss, scale)
-        signal = min(config.signal * samples.rounding_error, largest)
-        return replace(
+        """Adds a loss and the predicted reduction, and adapts the radius."""
+        config, loss, resolved = self.config, samples.loss_center, not samples.curvature_unresolved
+        linear, curved = (rate * fit.slope, rate**2 * fit.curvature) if resolved else (0.0, 0.0)
+        reduction = max(0.0, linear - curved) if math.isfinite(linear - curved) else 0.0
+        losses, noise = state.losses.update(loss, config.loss_memory), state.noise
+        if samples.is_finite:
+            noise = noise.update((*samples.recent_losses, loss), reduction, abs(linear))
+        now, level = state.measurements + 1, losses.mean.mean
+        reference = max(state.reference, level)
+        if now > config.loss_memory:
+            # An outlier fades.
+            reference = state.reference + (reference - state.reference) / config.memory
+        state = replace(
             state,
-            quadratic=Quadratic(slope, curvature),
-            fits=fits,
-            steps_since_contraction=state.steps_since_contraction + 1,
-            loss_scale=scale,
-            minimum_distance=samples.distance * math.sqrt(signal / abs(samples.second_difference)),
-            outlier_count=outliers,
+            measurements=now,
+            losses=losses,
+            noise=noise,
+            reference=reference,
+            reduction=state.reduction.update(reduction, config.loss_memory),
+            total_reduction=state.total_reduction + reduction,
+            radius=max(state.radius, rate) if state.radius else 0.0,
         )
+        if level < reference - config.significance * losses.spread:
+            expansion = 1.0 if losses.gap < config.converged * losses.peak_gap else config.expansion
+            radius = expansion * rate if state.radius else 0.0
+            return replace(
+                state, reference=level, total_reduction=0.0, success=now, adapted=now, radius=radius
+            )
+        is_visible = now - state.adapted > 2.0 * config.loss_memory
+        is_lower = state.success and level <= reference
+        if is_visible and not is_lower and state.total_reduction > config.failure * losses.spread:
+            radius = rate / config.expansion if state.radius else 0.0
+            return replace(state, total_reduction=0.0, adapted=now, radius=radius)
+        return state
+
+    def _start(
+        self, state: TrustRegionState, rate: float, samples: LineSamples, fit: Quadratic
+    ) -> tuple[TrustRegionState, Decision]:
+        """Estimates the first rate from the first minimizer, whatever the first probe distance."""
+        if fit.slope <= 0.0:
+            return self._contract(state, rate, samples, 0.0, Reason.ASCENT)
+        reach = _clamp(rate * (1.0 + self.config.growth))
+        if fit.curvature <= 0.0:
+            return state, Decision(reach, reach, Reason.CONCAVE)
+        first = _clamp(fit.minimizer / self.config.start)
+        state = replace(state, radius=first, contraction=state.measurements, accepted=first)
+        # The step stays within reach of the probe.
+        return state, Decision(first, min(first, reach), Reason.MINIMUM)
+
+    def _average(self, state: TrustRegionState, fit: Quadratic) -> TrustRegionState:
+        """Averages the fit; the first ones weigh equally."""
+        past, fits = state.quadratic, state.fits + 1
+        weight = 1.0 / min(fits, self.config.memory)
+        slope = (1.0 - weight) * past.slope + weight * fit.slope
+        curvature = (1.0 - weight) * past.curvature + weight * fit.curvature
+        return replace(state, quadratic=Quadratic(slope, curvature), fits=fits)
 
     def _choose(self, state: TrustRegionState, rate: float) -> tuple[TrustRegionState, Decision]:
-        """Clips the damped minimizer to the trust region."""
-        config, region, quadratic = self.config, state.region, state.quadratic
-        decay = state.steps_since_contraction if config.growth_decays else 1
-        growth = 1.0 + (config.growth - 1.0) / decay
-        convex, settled = quadratic.curvature > 0.0, growth <= config.settled_growth
-        proposed = _clamp(rate * growth)
-        limit = _clamp(config.rule.clip(region, rate, proposed, convex))
-        shrunk = Reason.SHRUNK if limit < rate else None
-        contracted = replace(state, steps_since_contraction=0)
+        """Takes the smallest of the terms, which gives the reason."""
+        config, quadratic, losses = self.config, state.quadratic, state.losses
         if quadratic.slope <= 0.0:
-            return contracted, Decision(_clamp(rate / config.growth), 0.0, Reason.ASCENT)
-        if not convex:
-            return state, Decision(limit, limit, shrunk or Reason.CONCAVE)
-        loss = max(state.loss_scale, region.losses.spread)
-        cap = config.step_cap * loss / quadratic.slope if loss else math.inf
-        minimizer = _clamp(min(region.damping * quadratic.minimizer, cap))
-        if minimizer > limit:
-            # The step stays within the probed distance; the next probe is further out.
-            distant = minimizer / config.catch_up
-            distant = config.rule.clip(region, rate, distant) if limit == proposed else 0.0
-            rate = max(limit, distant)
-            return state, Decision(rate, limit, shrunk or Reason.GROWN, settled)
-        if minimizer < rate * config.contraction:
-            return contracted, Decision(_clamp(rate * config.contraction), 0.0, Reason.SHRUNK)
-        if minimizer < config.rejection * rate:
-            return contracted, Decision(minimizer, 0.0, Reason.MINIMUM)
-        return state, Decision(minimizer, minimizer, Reason.MINIMUM, settled=True)
+            return self._reject(state, Decision(rate / (1.0 + config.growth), 0.0, Reason.ASCENT))
+        growth = 1.0 + config.growth / max(1, state.measurements - state.contraction)
+        invisible = rate * divide(losses.spread, config.window * state.reduction.mean)
+        # Without any predicted reduction there is no noise to hide it either.
+        invisible = 0.0 if math.isnan(invisible) else invisible
+        # After a success the loss shows what to expect: what is invisible no more than holds.
+        radius = max(state.radius, min(rate, invisible) if state.success else invisible)
+        convex = quadratic.curvature > 0.0
+        terms = {
+            Reason.MINIMUM: quadratic.minimizer if convex else math.inf,
+            Reason.POLYAK: config.polyak * losses.gap / quadratic.slope,
+            Reason.RADIUS if convex else Reason.CONCAVE: min(radius, rate * growth),
+        }
+        reason = min(terms, key=terms.__getitem__)
+        new = _clamp(max(terms[reason], config.contraction * rate))
+        if new < config.rejection * rate:
+            return self._reject(state, Decision(new, 0.0, reason))
+        settled = reason is Reason.MINIMUM or growth <= SETTLED
+        state = replace(state, rejections=0, accepted=new)
+        return state, Decision(new, new, reason, settled)
+
+    def _contract(
+        self, state: TrustRegionState, rate: float, samples: LineSamples, hint: float, why: Reason
+    ) -> tuple[TrustRegionState, Decision]:
+        """Contracts the rate toward a hint; a probe beyond the rate tells nothing of the rate."""
+        if samples.distance <= rate:
+            rate *= min(max(hint / rate, self.config.contraction), self.config.rejection)
+        return self._reject(replace(state, minimum_distance=0.0), Decision(rate, 0.0, why))
+
+    def _reject(
+        self, state: TrustRegionState, decision: Decision
+    ) -> tuple[TrustRegionState, Decision]:
+        """Rejects a step; after many the search starts over, at the last rate that was accepted."""
+        rejections, rate = state.rejections + 1, _clamp(decision.rate)
+        state = replace(state, rejections=rejections, contraction=state.measurements)
+        if rejections >= self.config.restart:
+            rate = max(rate, state.accepted)
+            state = replace(state, rejections=0, quadratic=Quadratic(0.0, 0.0), fits=0)
+        return state, replace(decision, rate=rate)
 
 
 def _clamp(rate: float) -> float:

@@ -1,15 +1,19 @@
 """The warnings of an optimizer: each once, at the line of the caller."""
 
+import math
 import sys
 import sysconfig
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+
+from quadstep.quadratic import LineSamples
 
 _INSIDE = tuple(f"{Path(file).parent}/" for file in (__file__, torch.__file__))
 
@@ -175,3 +179,33 @@ def _described(output: tuple[type, Any] | None) -> str:
     """The type and shape of what a call has returned."""
     kind, shape = output or (type(None), None)
     return kind.__name__ if shape is None else f"a tensor of shape {tuple(shape)}"
+
+
+@dataclass
+class SlopeComparison:
+    """Compares the slopes that gradients give with those of the losses, in sums.
+
+    Probes so far out that the curvature decides are left out, and so is low precision: there the
+    sums differ on ordinary networks, too.
+    """
+
+    measured: float = 0.0
+    given: float = 0.0  # by the gradients
+    count: int = 0
+
+    MEASUREMENTS: ClassVar[int] = 20  # before they are compared
+    TOLERANCE: ClassVar[float] = 0.7  # relative to the sum of those given
+    RESOLUTION: ClassVar[float] = 1e-6  # relative, of the coarsest losses that are compared
+
+    def differ(self, samples: LineSamples) -> bool:
+        """Adds a measurement; whether the gradients are clearly those of another function."""
+        is_known = samples.gradient_unmodified and math.isfinite(samples.slope)
+        if not is_known or samples.loss_behind is None or not samples.is_finite:
+            return False
+        is_near = abs(samples.second_difference) < 0.5 * abs(samples.slope) * samples.distance
+        if not is_near or samples.slope_unresolved or samples.resolution > self.RESOLUTION:
+            return False
+        self.measured += (samples.loss_behind - samples.loss_ahead) / (2.0 * samples.distance)
+        self.given, self.count = self.given + samples.slope, self.count + 1
+        difference = abs(self.measured - self.given)
+        return self.count >= self.MEASUREMENTS and difference > self.TOLERANCE * abs(self.given)

@@ -19,6 +19,8 @@ from quadstep.line import Line, ParamBlock
 from quadstep.rounding import parts, single
 from quadstep.tensors import Groups
 
+STEPPING_RATE = "lqa.stepping_rate"  # that a wrapped optimizer sees: the largest so far
+
 
 class Direction(Protocol):
     """What computes the line of each step from the gradients."""
@@ -27,6 +29,10 @@ class Direction(Protocol):
     has_weight_decay: ClassVar[bool] = True  # whether groups may have a weight decay
     state_dtypes: Mapping[str, torch.dtype] = {}  # by key of the state, if not the parameter's
     keeps_start: bool = True  # whether lines are probed from a copy of the parameters
+
+    def initial_scalars(self) -> dict[str, float]:
+        """Returns what the first param group must hold."""
+        return {}
 
     def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Computes the line of this step, and advances the per-parameter state once.
@@ -53,101 +59,187 @@ class Gradient(Direction):
         return Line(blocks, keeps_start=self.keeps_start)
 
 
-class RMSNormalized(Direction):
-    """The gradient over its running root mean square (RMSProp, Adam), centralized and clipped.
+class Normalized(Direction):
+    """The gradient in units of its running root mean square, centralized and clipped.
 
-    `square_avg <- decay * square_avg + (1 - decay) * g**2`, unbiased as Adam's;
-    `d = g / sqrt(square_avg + eps**2)`, centralized, clipped; `d <- d + weight_decay * theta`.
+    With g the gradient, s its root mean square, w the parameters and n the inputs of an output (all
+    dimensions but the first), in each row of a weight::
 
-    Gradient centralization (Yong et al. 2020), here of the normalized gradient, subtracts (1 - 1/n)
-    of the mean over the n inputs of each output (all dimensions but the first). The part that is
-    left moves an output as far as its bias does. Where inputs share a sign, as pixels and outputs
-    of a ReLU do, the full mean would bound the rate. Update clipping keeps the root mean square of
-    the direction at most 1, as Adafactor does with d = 1.
+        q = g / (s + eps) + weight_decay * w
+        d = q - (1 - n ** -0.5) * sum(s * q) / sum(s)    where s > 0
 
-    The state of a parameter is `step` and `square_avg`.
+    The second line is gradient centralization (Yong et al. 2020) with a mean that is weighted by s,
+    as the metric of the direction demands: so `<g, d> >= 0` whatever g and s are, weight decay
+    apart, and an entry whose gradient has always been zero does not move. A part of the mean is
+    left, so that what has a mean can be learned; where inputs share a sign, as pixels and outputs
+    of a ReLU do, the full mean would bound the rate. Update clipping then keeps the root mean
+    square of all directions together at most 1, as Adafactor does with d = 1.
 
     Args:
-        decay: of the running mean square, per step.
-        eps: its square is added to the mean square, in units of the gradient's.
+        decay: of the running mean square, per step; unbiased as Adam's.
+        eps: is added to the root mean square, in units of the gradient.
+    """
+
+    def __init__(self, decay: float = 0.999, eps: float = 1e-8) -> None:
+        self.decay = decay
+        self.eps = eps
+
+    def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
+        """Advances the running mean squares, and normalizes, centralizes, decays and clips."""
+        blocks = gather_blocks(groups, rate)
+        for block in blocks:
+            states = [state[owner] for owner in block.owners]
+            for entry, param in zip(states, block.params, strict=True):
+                self.initialize(entry, param)
+            for entry in states:
+                entry["step"] += 1
+            # A weight that falls from 1 to (1 - decay) keeps the mean unbiased at every step.
+            weights = [(1.0 - self.decay) / (1.0 - self.decay ** entry["step"]) for entry in states]
+            self._normalize(block, self.roots(block, states, weights))
+        _clip(blocks)
+        return Line(blocks, keeps_start=self.keeps_start)
+
+    def initialize(self, entry: dict[str, Any], param: Tensor) -> None:
+        """Makes the state of a parameter that has none, and checks that it fits."""
+        raise NotImplementedError
+
+    def roots(
+        self, block: ParamBlock, states: list[dict[str, Any]], weights: list[float]
+    ) -> list[Tensor]:
+        """Advances the mean squares; returns their roots, zero for entries that are not to move."""
+        raise NotImplementedError
+
+    def _normalize(self, block: ParamBlock, roots: list[Tensor]) -> None:
+        # In half precision the squares of small gradients are zero.
+        floors = [max(self.eps, _smallest_subnormal(root.dtype) ** 0.5) for root in roots]
+        direction, decay = list(block.direction), block.weight_decay
+        for i, (owner, param) in enumerate(zip(block.owners, block.params, strict=True)):
+            inputs = math.prod(owner.shape[1:])
+            if inputs > 1:
+                dims = tuple(range(1, owner.dim()))
+                mean = direction[i].mean(dims, keepdim=True)
+                if decay:
+                    mean = mean + (roots[i] * param).mean(dims, keepdim=True) * decay
+                mean = mean / (roots[i].mean(dims, keepdim=True) + floors[i])
+                part = 1.0 - inputs**-0.5
+                direction[i] = torch.addcmul(direction[i], mean, roots[i], value=-part)
+        torch._foreach_add_(roots, floors)
+        block.direction = list(torch._foreach_div(direction, roots))
+        if decay:
+            torch._foreach_add_(block.direction, block.params, alpha=decay)
+
+
+class RMSNormalized(Normalized):
+    """Normalizes each entry by its own root mean square, as RMSProp and Adam do.
+
+    The state of a parameter is `step` and `square_avg`, as large as itself.
+
+    Args:
+        decay: as in `Normalized`.
+        eps: as in `Normalized`.
         state_dtype: type of the mean square; the direction is then in single precision at least.
     """
 
     def __init__(
         self, decay: float = 0.999, eps: float = 1e-8, state_dtype: torch.dtype | None = None
     ) -> None:
-        self.decay = decay
-        self.eps = eps
+        super().__init__(decay, eps)
         self.state_dtype = state_dtype
         self.state_dtypes = {} if state_dtype is None else {"square_avg": state_dtype}
 
-    def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
-        """Advances the running mean square, and normalizes, centralizes, clips and decays."""
-        blocks = gather_blocks(groups, rate)
-        for block in blocks:
-            self._normalize(block, state)
-            _centralize(block)
-        _clip(blocks)
-        for block in blocks:
-            if block.weight_decay:
-                torch._foreach_add_(block.direction, block.params, alpha=block.weight_decay)
-        return Line(blocks, keeps_start=self.keeps_start)
+    def initialize(self, entry: dict[str, Any], param: Tensor) -> None:
+        """Makes or checks the mean square of each entry."""
+        if "square_avg" not in entry:
+            entry["step"] = 0
+            entry["square_avg"] = torch.zeros_like(param, dtype=self.state_dtype)
+        check_state(param, entry["square_avg"], self.state_dtype)
 
-    def _normalize(self, block: ParamBlock, state: Any) -> None:
-        states = [state[owner] for owner in block.owners]
-        for entry, param in zip(states, block.params, strict=True):
-            if "square_avg" not in entry:
-                entry["step"] = 0
-                entry["square_avg"] = torch.zeros_like(param, dtype=self.state_dtype)
-            check_state(param, entry["square_avg"], self.state_dtype)
-        for entry in states:
-            entry["step"] += 1
-        # A weight that falls from 1 to (1 - decay) keeps the mean unbiased at every step.
-        weights = [(1.0 - self.decay) / (1.0 - self.decay ** entry["step"]) for entry in states]
+    def roots(
+        self, block: ParamBlock, states: list[dict[str, Any]], weights: list[float]
+    ) -> list[Tensor]:
+        """Advances the mean square of each entry; returns the roots."""
         squares = [entry["square_avg"] for entry in states]
         stream = f"square {states[0]['step']}"
         for part, (means, gradients) in parts(self.state_dtype, stream, squares, block.direction):
             torch._foreach_mul_(means, [1.0 - weight for weight in weights[part]])
             torch._foreach_addcmul_(means, gradients, gradients, weights[part])
-        # In half precision the square of eps is zero, and so is that of a small gradient.
-        floors = [max(self.eps**2, _smallest_subnormal(square.dtype)) for square in squares]
         if self.state_dtype is None:
-            scales = torch._foreach_add(squares, floors)
-        else:
-            pairs = zip(squares, block.params, floors, strict=True)
-            scales = [s.to(single(p.dtype)) + floor for s, p, floor in pairs]
-        # A reciprocal root and a product take one pass through memory less than a quotient.
-        torch._foreach_rsqrt_(scales)
-        torch._foreach_mul_(scales, block.direction)
-        block.direction = list(scales)
+            return list(torch._foreach_sqrt(squares))
+        pairs = zip(squares, block.params, strict=True)
+        return [s.to(single(p.dtype)).sqrt() for s, p in pairs]
+
+
+class TensorNormalized(Normalized):
+    """Normalizes each tensor by one number, the root mean square of its entries.
+
+    Within a tensor this is the gradient, centralized. The state of a parameter is `step` and
+    `square_avg`, two numbers.
+    """
+
+    state_dtypes: Mapping[str, torch.dtype] = {"square_avg": torch.float32}
+
+    def initialize(self, entry: dict[str, Any], param: Tensor) -> None:
+        """Makes or checks the mean square of a tensor."""
+        if "square_avg" not in entry:
+            entry["step"] = 0
+            entry["square_avg"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        kept = entry["square_avg"]
+        check_state(kept.new_empty((), device=param.device), kept, torch.float32)
+
+    def roots(
+        self, block: ParamBlock, states: list[dict[str, Any]], weights: list[float]
+    ) -> list[Tensor]:
+        """Advances the mean square of each tensor; returns its root where the gradient is not 0."""
+        norms, found = tensors.tensor_norms(block.direction), list[Tensor]()
+        for entry, gradient, norm, weight in zip(
+            states, block.direction, norms, weights, strict=True
+        ):
+            square = norm.to(torch.float32).square() / max(1, gradient.numel())
+            root = entry["square_avg"].lerp_(square, weight).sqrt()
+            found.append((gradient != 0).to(gradient.dtype).mul_(root))
+        return found
 
 
 class OptimizerStep(Direction):
-    """The displacement of exactly one step of another optimizer, at the rate in force.
+    """The displacement of exactly one step of another optimizer.
 
-    Its weight decay, momentum, preconditioning and the ratios of its groups are part of it.
+    Its weight decay, momentum, preconditioning and the ratios of its groups are part of it. It
+    steps at the largest rate that was in force so far, and its displacement is scaled: so a
+    momentum that holds the rate, as that of Keras does, is in the same unit at all steps.
     """
 
     def __init__(self, base: Optimizer) -> None:
         self.base = self._base = base
 
+    def initial_scalars(self) -> dict[str, float]:
+        """The rate at which the base steps."""
+        return {STEPPING_RATE: 0.0}
+
     def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Steps the base once; the line starts before the step and passes through its end."""
-        if not is_kept:
+        largest = groups[0][STEPPING_RATE] = max(rate, groups[0][STEPPING_RATE])
+        if not is_kept and largest == rate:
             self._base.step()
             return Line([])
         blocks = gather_blocks(groups, rate, allow_sparse=True)
         versions = [_versions(block) for block in blocks]
         start = [tensors.copies(block.params) for block in blocks]
         line = Line(blocks, start)
+        rates = [group["lr"] for group in groups]
         try:
+            if largest != rate:
+                for group in groups:
+                    group["lr"] = group["lr"] * (largest / rate)
             self._base.step()
         except BaseException:
             line.restore()
             raise
+        finally:
+            for group, lr in zip(groups, rates, strict=True):
+                group["lr"] = lr
         for block, origin, version in zip(blocks, start, versions, strict=True):
             block.direction = list(torch._foreach_sub(origin, block.params))
-            block.lr_ratio = rate or 1.0
+            block.lr_ratio = largest or 1.0
             if _versions(block) != version:
                 # Some optimizers write their steps into the gradients.
                 block.gradient = None
@@ -162,15 +254,6 @@ def _versions(block: ParamBlock) -> list[int]:
 def _smallest_subnormal(dtype: torch.dtype) -> float:
     info = torch.finfo(dtype)
     return info.tiny * info.eps
-
-
-def _centralize(block: ParamBlock) -> None:
-    """Subtracts the mean over the n inputs from the weights of each output, but an n-th of it."""
-    for owner, part in zip(block.owners, block.direction, strict=True):
-        inputs = math.prod(owner.shape[1:])
-        if inputs > 1:
-            mean = part.mean(dim=tuple(range(1, owner.dim())), keepdim=True)
-            part.sub_(mean, alpha=1.0 - 1.0 / inputs)
 
 
 def _clip(blocks: list[ParamBlock]) -> None:

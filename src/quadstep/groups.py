@@ -44,6 +44,7 @@ class Strategies(NamedTuple):
             PROBES_WITH_GRADIENTS: False,
             **self.schedule.initial_scalars(),
             **self.update.initial_scalars(),
+            **self.direction.initial_scalars(),
             **checkpoint.flatten(self.controller.state_type(), CONTROLLER_STATE),
         }
 

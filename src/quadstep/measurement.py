@@ -159,7 +159,7 @@ class StepSearch:
             center = self.evaluator.recorder.loss()
         # Closures may return one tensor each time, as replayed graphs do.
         self.center = center.clone() if self.is_due else center
-        self.decision = Decision(self.rate, 0.0, Reason.HELD)
+        self.decision = Decision(self.rate, 0.0, Reason.REUSED)
         # Elsewhere the check waits for the device, which a step without a measurement does not.
         is_finite, is_sloping = True, True
         if self.is_due or center.is_cpu:
@@ -180,7 +180,7 @@ class StepSearch:
         is_kept = self.is_due or update.averages or self.is_preview
         line = self.line = direction.line(self.groups, self.state, self.rate, is_kept)
         rollback.callback(line.restore)
-        self.decision = Decision(self.rate, self.rate, Reason.HELD)
+        self.decision = Decision(self.rate, self.rate, Reason.REUSED)
         if not self.is_due:
             return
         state = self.strategies.controller_state(self.scalars)

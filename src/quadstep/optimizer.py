@@ -12,19 +12,24 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from quadstep import arguments
 from quadstep.averaging import PlainUpdate, ScheduleFree
 from quadstep.checkpoint import TRAINING, is_state_request
 from quadstep.closures import Closure, ClosureEvaluator
 from quadstep.controllers import (
-    Damping,
     StepController,
-    TrustRegionConfig,
     TrustRegionController,
     VertexController,
 )
-from quadstep.directions import Gradient, OptimizerStep, RMSNormalized
+from quadstep.directions import (
+    Direction,
+    Gradient,
+    OptimizerStep,
+    RMSNormalized,
+    TensorNormalized,
+)
 from quadstep.gradients import gradients_of, mark_used
 from quadstep.groups import Strategies
 from quadstep.hooks import Function
@@ -45,18 +50,19 @@ class LQA(AveragedOptimizer):
         params: parameters or param groups; a module, which stands for its parameters and for
             `model`; or a `torch.optim` optimizer, whose steps are then the directions and whose
             learning rates are measured. The learning rates of several groups keep their ratios.
-        direction: "rms", the gradient over its running root mean square, centralized and clipped,
-            or "sgd", the gradient. By default "rms".
+        direction: "rms", the gradient with each entry over its running root mean square, or
+            "gradient", with each tensor over its own, which keeps half the state; both are
+            centralized and clipped, see `quadstep.directions.Normalized`. By default "rms". A
+            `quadstep.directions.Direction` is for experiments.
         averaging: "schedule-free" averages the iterates and shows the average in `eval()`; None
-            keeps the last iterate. By default ("auto") schedule-free along "rms", else None.
-        delta0: the first rate and probe distance, a factor of the direction; later ones are
-            measured. By default 1e-4 along "rms" and 0.1 along "sgd"; a wrapped optimizer brings
-            its own learning rate.
+            keeps the last iterate. By default ("auto") schedule-free, but None around an optimizer.
+        delta0: the first probe distance, a factor of the direction; rates are measured. By default
+            1e-4; a wrapped optimizer brings its own learning rate.
         every: steps from one measurement to the next, or one less, by the golden section, so that
             measurements do not alias with periodic batches; the steps between reuse the last
             estimate. By default 10 with averaging and 1 without.
-        weight_decay: along "rms", decoupled as in AdamW, in units of the rate; groups may have
-            their own. By default 0.01.
+        weight_decay: decoupled as in AdamW, in units of the rate; groups may have their own. By
+            default 0.01.
         state_dtype: `torch.bfloat16` or `torch.float32`, the type of the optimizer's own state (the
             mean squares, and the fast iterate of the averaging); by default that of each
             parameter. Writes in bfloat16 are rounded stochastically, so that small changes count
@@ -101,7 +107,7 @@ class LQA(AveragedOptimizer):
         self,
         params: Any,
         *,
-        direction: Literal["rms", "sgd"] | None = None,
+        direction: Literal["rms", "gradient"] | Direction | None = None,
         averaging: Literal["auto", "schedule-free"] | None = "auto",
         delta0: float | None = None,
         every: int | None = None,
@@ -122,26 +128,18 @@ class LQA(AveragedOptimizer):
         base = arguments.check_params(params, own, searching=(LQA, torch.optim.LBFGS))
         arguments.check_options(direction, averaging, every, delta0)
         arguments.check_controller(controller)
-        normalized = base is None and direction != "sgd"
-        averaged = averaging == "schedule-free" or (averaging == "auto" and normalized)
-        arguments.check_memory(state_dtype, restore, normalized or averaged, base is not None)
+        averaged = averaging == "schedule-free" or (averaging == "auto" and base is None)
+        arguments.check_memory(state_dtype, restore, base is None or averaged, base is not None)
+        own_direction = _direction(direction, base, state_dtype)
         if every is None:
             every = 10 if averaged else 1
         if delta0 is None:
-            delta0 = 1e-4 if normalized else 0.1
+            delta0 = 1e-4
         if weight_decay is None:
-            weight_decay = 0.01 if normalized else 0.0
-        config = TrustRegionConfig()
-        if not averaged:
-            # Momentum lets the loss fall and rise by turns, so damping ends more slowly.
-            rule = Damping() if base is None else Damping(increase=1.002)
-            config = TrustRegionConfig(
-                rule, smoothing=0.99, growth=1.1, growth_decays=False, step_cap=2.0
-            )
-        own_direction = RMSNormalized(state_dtype=state_dtype) if normalized else Gradient()
+            weight_decay = 0.01 if own_direction.has_weight_decay else 0.0
         strategies = Strategies(
-            own_direction if base is None else OptimizerStep(base),
-            controller or TrustRegionController(config),
+            own_direction,
+            controller or TrustRegionController(),
             ScheduleFree(state_dtype=state_dtype) if averaged else PlainUpdate(),
             Schedule(int(every), keeps_losses=averaged),
             process_group,
@@ -184,8 +182,9 @@ class LQA(AveragedOptimizer):
         arguments.check_no_optimizer(params)
         return cls(
             params,
-            direction="sgd",
+            direction=Gradient(),
             averaging=None,
+            every=1,
             delta0=delta0,
             process_group=process_group,
             model=model,
@@ -359,3 +358,11 @@ class LQA(AveragedOptimizer):
         evaluator = ClosureEvaluator(is_preview=True) if is_preview else self._evaluator
         own = (self.strategies, evaluator, self.param_groups, self.state)
         return StepSearch(*own, closure, loss, is_preview)
+
+
+def _direction(name: Any, base: Optimizer | None, state_dtype: torch.dtype | None) -> Direction:
+    if base is not None:
+        return OptimizerStep(base)
+    if name == "gradient":
+        return TensorNormalized()
+    return RMSNormalized(state_dtype=state_dtype) if name in (None, "rms") else name

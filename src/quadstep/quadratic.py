@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 LARGE_CHANGE = 0.25  # fraction of the loss from which on a change of it is large
+SIGNAL = 1e3  # rounding errors in a second difference that resolves the curvature
 ROUNDINGS = 4.0  # of the largest loss in a second difference of losses, twice half an ulp of four
 
 
@@ -60,6 +61,12 @@ class LineSamples:
     def curvature_unresolved(self) -> bool:
         """Whether the second difference is no more than the rounding error."""
         return abs(self.second_difference) <= self.rounding_error
+
+    @property
+    def resolved_distance(self) -> float:
+        """Where the second difference is many rounding errors, a quarter of the loss at most."""
+        errors = min(SIGNAL, LARGE_CHANGE / (ROUNDINGS * self.resolution))
+        return self.distance * math.sqrt(errors * self.rounding_error / abs(self.second_difference))
 
     @property
     def contradicts_gradient(self) -> bool:

@@ -28,11 +28,10 @@ from quadstep.calls import (
     parts_of,
     tensors_in,
 )
-from quadstep.diagnostics import missing_loss
+from quadstep.diagnostics import SlopeComparison, missing_loss
 from quadstep.gradients import gradients_of, mark_arrived
 from quadstep.hooks import CallHooks, Function
 from quadstep.snapshot import GeneratorStates, ModuleTracker, Snapshot, set_generators
-from quadstep.statistics import SlopeComparison
 from quadstep.tensors import full_tensor, is_distributed
 
 

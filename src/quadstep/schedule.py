@@ -78,7 +78,7 @@ class Schedule:
     def record_step(self, scalars: Scalars, decision: Decision, loss: Tensor) -> None:
         """Records a step, and when to measure next: at once until the rate has settled."""
         losses = _known_losses(scalars)
-        if decision.reason is not Reason.HELD:
+        if decision.reason is not Reason.REUSED:
             losses = []
             scalars[WAIT] = self._interval(scalars) - 1 if decision.settled else 0
             succeeded = decision.step and decision.reason is not Reason.CONCAVE
@@ -92,7 +92,7 @@ class Schedule:
 
     def _interval(self, scalars: Scalars) -> int:
         """By the golden section, so that measurements do not alias with periodic batches."""
-        measured = steps_taken(scalars) - scalars[COUNTS[Reason.HELD]]
+        measured = steps_taken(scalars) - scalars[COUNTS[Reason.REUSED]]
         now, then = ((measured + ahead) * _GOLDEN_SECTION for ahead in (0, 1))
         return max(1, self.every - math.floor(then) + math.floor(now))
 

@@ -4,43 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from quadstep.quadratic import LineSamples, Quadratic, divide
 
 
-def ema(mean: float, value: float, weight: float) -> float:
-    """Updates a moving average; a value equal to the mean leaves it equal to the last bit."""
-    return mean + weight * (value - mean)
+@dataclass(frozen=True, slots=True)
+class Ema:
+    """An exponential moving average that starts as the plain mean of its first values.
 
+    Example:
+        >>> Ema().update(1.0, memory=10.0).update(3.0, memory=10.0).mean
+        2.0
+    """
 
-def weighted_mean(past: float, value: float, weight: float) -> float:
-    """Updates a moving average; a weight of one gives the value to the last bit."""
-    return (1.0 - weight) * past + weight * value
+    mean: float = 0.0
+    count: int = 0  # number of values
+
+    def update(self, value: float, memory: float) -> Ema:
+        """Adds a value; equal values leave the mean equal to the last bit."""
+        count = self.count + 1
+        mean = value if count == 1 else self.mean + (value - self.mean) / min(count, memory)
+        return Ema(mean, count)
 
 
 @dataclass(frozen=True, slots=True)
 class LossStatistics:
-    """The level of the losses of about the last ten measurements."""
+    """The level and the spread of the losses.
 
-    mean: float  # moving average of the loss
-    spread: float  # moving average of its absolute deviation from the mean
+    A constant added to all losses does not change their spread, and what follows from their gap to
+    zero is dropped once a loss was below it.
+    """
 
-    WEIGHT: ClassVar[float] = 0.1  # of the newest loss
-    INITIAL_SPREAD: ClassVar[float] = 0.1  # fraction of the first loss, more than usual noise
+    mean: Ema = field(default=Ema())
+    deviation: Ema = field(default=Ema())  # of the losses from the mean before them, absolute
+    lowest: float = math.inf
+    peak_gap: float = 0.0  # largest gap
 
-    @classmethod
-    def initial(cls, loss: float) -> LossStatistics:
-        """Starts with the first loss."""
-        return cls(loss, spread=cls.INITIAL_SPREAD * abs(loss))
+    @property
+    def spread(self) -> float:
+        """The mean absolute deviation."""
+        return self.deviation.mean
 
-    def update(self, loss: float, decay: float) -> LossStatistics:
-        """Adds a loss; `decay` is the weight of a deviation below the spread."""
-        mean, deviation = ema(self.mean, loss, self.WEIGHT), abs(loss - self.mean)
-        spread = ema(self.spread, deviation, self.WEIGHT if deviation > self.spread else decay)
-        finite = math.isfinite(mean + spread)
-        return LossStatistics(mean, spread) if finite else LossStatistics.initial(loss)
+    @property
+    def gap(self) -> float:
+        """How far the losses are above zero, if zero bounds them so far; else infinite."""
+        return math.inf if self.lowest < 0.0 else max(self.mean.mean, self.spread)
+
+    def update(self, loss: float, memory: float) -> LossStatistics:
+        """Adds a loss; starts over where the numbers overflow."""
+        mean, deviation = self.mean.update(loss, memory), self.deviation
+        if self.mean.count:
+            deviation = deviation.update(abs(loss - self.mean.mean), memory)
+        if not math.isfinite(mean.mean + deviation.mean):
+            mean, deviation = Ema().update(loss, memory), Ema()
+        new = LossStatistics(mean, deviation, min(self.lowest, loss))
+        return replace(new, peak_gap=max(self.peak_gap, new.gap))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +95,8 @@ class NoiseEstimate:
         # Also where it overflows, or is zero over zero.
         ratio = ratio if ratio < 1.0 else 1.0
         count = self.count + 1
-        return NoiseEstimate(ema(self.ratio, ratio, max(self.WEIGHT, 1.0 / (count + 1))), count)
+        weight = max(self.WEIGHT, 1.0 / (count + 1))
+        return NoiseEstimate(self.ratio + weight * (ratio - self.ratio), count)
 
     @property
     def determinism(self) -> float:
@@ -115,7 +136,7 @@ class SlopeCheck:
         failed = not self.passes or self.last_difference > self.TOLERANCE
         return failed or self.measurements % self.INTERVAL == 0
 
-    def update(self, samples: LineSamples, damping: float) -> SlopeCheck:
+    def update(self, samples: LineSamples) -> SlopeCheck:
         """Adds a measurement; starts over where the gradient is modified or not finite."""
         if not (samples.gradient_unmodified and math.isfinite(samples.slope)):
             return SlopeCheck()
@@ -126,40 +147,11 @@ class SlopeCheck:
         implied = Quadratic.fit(replace(samples, loss_behind=None))
         steepest = max(abs(measured.slope), abs(implied.slope))
         largest = max(abs(measured.curvature), abs(implied.curvature))
-        scale = max(largest, damping * divide(steepest, 2.0 * samples.distance))
+        scale = max(largest, divide(steepest, 2.0 * samples.distance))
         difference = abs(divide(measured.curvature - implied.curvature, scale))
         if math.isnan(difference):
             return counted
         difference, checks = min(difference, self.CAP), self.checks + 1
-        mean = ema(self.mean_difference, difference, max(self.WEIGHT, 1.0 / checks))
+        weight = max(self.WEIGHT, 1.0 / checks)
+        mean = self.mean_difference + weight * (difference - self.mean_difference)
         return SlopeCheck(mean, difference, checks, counted.measurements)
-
-
-@dataclass
-class SlopeComparison:
-    """Compares the slopes that gradients give with those of the losses, in sums.
-
-    Probes so far out that the curvature decides are left out, and so is low precision: there the
-    sums differ on ordinary networks, too.
-    """
-
-    measured: float = 0.0
-    given: float = 0.0  # by the gradients
-    count: int = 0
-
-    MEASUREMENTS: ClassVar[int] = 20  # before they are compared
-    TOLERANCE: ClassVar[float] = 0.7  # relative to the sum of those given
-    RESOLUTION: ClassVar[float] = 1e-6  # relative, of the coarsest losses that are compared
-
-    def differ(self, samples: LineSamples) -> bool:
-        """Adds a measurement; whether the gradients are clearly those of another function."""
-        is_known = samples.gradient_unmodified and math.isfinite(samples.slope)
-        if not is_known or samples.loss_behind is None or not samples.is_finite:
-            return False
-        is_near = abs(samples.second_difference) < 0.5 * abs(samples.slope) * samples.distance
-        if not is_near or samples.slope_unresolved or samples.resolution > self.RESOLUTION:
-            return False
-        self.measured += (samples.loss_behind - samples.loss_ahead) / (2.0 * samples.distance)
-        self.given, self.count = self.given + samples.slope, self.count + 1
-        difference = abs(self.measured - self.given)
-        return self.count >= self.MEASUREMENTS and difference > self.TOLERANCE * abs(self.given)

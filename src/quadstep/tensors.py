@@ -104,6 +104,13 @@ def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
     return torch._foreach_norm(tensors)
 
 
+def tensor_norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """The norm of each of `tensors`, of one device or mesh, as a plain tensor."""
+    if is_distributed(tensors[0]):
+        return [full_tensor(get_total_norm([tensor])) for tensor in tensors]
+    return torch._foreach_norm(tensors)
+
+
 def any_shard(flag: bool, tensor: Tensor) -> bool:
     """Whether a flag is set on any process that holds a shard of the tensor."""
     if not is_distributed(tensor):

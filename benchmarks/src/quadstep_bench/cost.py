@@ -261,7 +261,7 @@ def _memory(name: str, model: nn.Module) -> list[Row]:
         with Storages() as storages:
             if isinstance(optimizer, LQA):
                 optimizer.step(closure, loss=loss)
-                step = "held" if optimizer.report.reason is Reason.HELD else "measuring"
+                step = "held" if optimizer.report.reason is Reason.REUSED else "measuring"
             else:
                 optimizer.step()
                 step = "plain"

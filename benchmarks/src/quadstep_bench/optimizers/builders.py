@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from quadstep import LQA
-from quadstep.controllers import TrustRegionConfig
+from quadstep.directions import Gradient
 from quadstep_bench.optimizers import (
     CONSTANT_RATES,
     HAND_TUNED,
@@ -35,7 +35,7 @@ _FAMILIES: dict[str, Callable[..., Optimizer]] = {
 
 
 def _constant(rate: float, params: Iterable[Tensor]) -> Optimizer:
-    return LQA(params, delta0=rate, controller=ConstantRateController(TrustRegionConfig()))
+    return LQA(params, delta0=rate, controller=ConstantRateController())
 
 
 BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
@@ -44,8 +44,10 @@ BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
         for name, row in (HAND_TUNED | SCHEDULED).items()
     },
     "lqa-paper": LQA.paper,
-    "lqa": partial(LQA, direction="sgd", averaging=None),
-    "lqa-authors": lambda params: LQA(params, direction="sgd", controller=AuthorsController()),
+    "lqa": partial(LQA, direction="gradient"),
+    "lqa-authors": lambda params: LQA(
+        params, direction=Gradient(), averaging=None, controller=AuthorsController()
+    ),
     **{name: partial(_constant, rate) for name, rate in CONSTANT_RATES.items()},
     "lqa-adamw": lambda params: LQA(AdamW(params)),
     "lqa-auto": LQA,

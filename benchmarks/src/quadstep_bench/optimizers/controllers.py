@@ -24,7 +24,7 @@ class AuthorsController:
         epoch: How many epochs have ended; to be set before each step.
 
     Example:
-        >>> opt = LQA(params, direction="sgd", controller=AuthorsController())
+        >>> opt = LQA(params, direction=Gradient(), averaging=None, controller=AuthorsController())
     """
 
     epoch: int = 0
@@ -46,9 +46,9 @@ class AuthorsController:
         difference = 2.0 * (ahead + behind - 2.0 * center) + 1e-12
         rate, reason = samples.distance * (behind - ahead) / difference, Reason.MINIMUM
         if rate <= 0.0:
-            rate, reason = 1.05 * samples.distance, Reason.GROWN
+            rate, reason = 1.05 * samples.distance, Reason.RADIUS
         if rate > 1.0:
-            rate, reason = 0.05 if self.epoch < 10 else 0.01, Reason.SHRUNK
+            rate, reason = 0.05 if self.epoch < 10 else 0.01, Reason.REJECTED
         return VertexState(Quadratic.fit(samples), state.fits + 1), Decision(rate, rate, reason)
 
 

@@ -81,7 +81,7 @@ ENTRANTS: dict[str, Setting] = {
     "lqa-auto-decay": Setting(
         "`LQA(params, weight_decay=0.1)`", _torch(builders.BUILDERS["lqa-auto-decay"])
     ),
-    "lqa": Setting('`LQA(params, direction="sgd")`', _torch(builders.BUILDERS["lqa"])),
+    "lqa": Setting('`LQA(params, direction="gradient")`', _torch(builders.BUILDERS["lqa"])),
     "lqa-adamw": Setting("`LQA(AdamW(params))`", _torch(builders.BUILDERS["lqa-adamw"])),
     "adamw": Setting(
         "AdamW at 0.003, the best on the suite by final held-out loss", _torch(AdamW, lr=0.003)
