@@ -23,7 +23,7 @@ Closure = Callable[[], Tensor]
 
 PROBES_WITH_GRADIENTS = "lqa.probes_with_gradients"  # whether the closure needs them
 
-SAME_LOSS = 0.999  # cosine above which gradients in place are taken to be of the closure's loss
+SAME_LOSS = 0.99999  # cosine above which gradients in place are taken to be of the closure's loss
 SAME_MODIFIED_LOSS = 0.1  # the same after clipping, scaling or accumulation
 DROPPED_CHECKS = 100  # steps in which gradients in place are compared
 
