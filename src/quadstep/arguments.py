@@ -144,7 +144,8 @@ def check_lr(lr: Any) -> None:
     if lr is not None:
         raise ValueError(
             f"LQA measures the learning rate, so there is none to choose, got lr={lr!r}; leave lr "
-            "out or pass None (delta0 is only the first rate, and its default needs no tuning)"
+            "out or pass None (delta0 is only the first probe distance, and its default needs no "
+            "tuning)"
         )
 
 
@@ -231,8 +232,8 @@ def check_memory(state_dtype: Any, restore: Any, has_state: bool, is_wrapper: bo
     if state_dtype is not None and not has_state:
         raise ValueError(
             "state_dtype is the type of LQA's own state, of which there is none without averaging "
-            f"around an optimizer, got state_dtype={state_dtype}; leave it out, or pass "
-            'averaging="schedule-free"'
+            f'around an optimizer or along "gradient", got state_dtype={state_dtype}; leave it '
+            'out, or pass averaging="schedule-free"'
         )
     if restore not in ("copy", "subtract"):
         raise ValueError(f'restore must be "copy" or "subtract", got {restore!r}')

@@ -129,7 +129,8 @@ class LQA(AveragedOptimizer):
         arguments.check_options(direction, averaging, every, delta0)
         arguments.check_controller(controller)
         averaged = averaging == "schedule-free" or (averaging == "auto" and base is None)
-        arguments.check_memory(state_dtype, restore, base is None or averaged, base is not None)
+        has_state = averaged or (base is None and direction in (None, "rms"))
+        arguments.check_memory(state_dtype, restore, has_state, base is not None)
         own_direction = _direction(direction, base, state_dtype)
         if every is None:
             every = 10 if averaged else 1
