@@ -73,7 +73,7 @@ def test_a_step_waits_for_the_device_only_to_measure():
         opt.step(closure)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert opt.report.reason is Reason.HELD
+    assert opt.report.reason is Reason.REUSED
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

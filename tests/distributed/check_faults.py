@@ -69,11 +69,11 @@ def check_a_gradient_in_one_shard_moves_all_ranks(_):
         for _step in range(3):
             # The first row of each weight lives on the first rank.
             opt.step(lambda m=model, x=task.inputs: (m(x)[:, 0] - 1.0).square().mean())
-            assert opt.report.reason is not Reason.HELD, name
+            assert opt.report.reason is not Reason.REUSED, name
         agree((opt.rate, opt.report.counts))
         before = full(task.model)
         opt.step(lambda m=model, x=task.inputs: 0.0 * m(x).sum())
-        assert opt.report.reason is Reason.HELD, name
+        assert opt.report.reason is Reason.REUSED, name
         assert identical(full(task.model), before), name
 
 
@@ -83,7 +83,7 @@ def check_uneven_data_through_a_sampler(_):
     data = TensorDataset(task.inputs[:51], task.labels[:51])
     loader = DataLoader(data, batch_size=8, sampler=DistributedSampler(data, shuffle=False))
     ddp = DistributedDataParallel(task.model)
-    opt = LQA(task.model.parameters(), direction="sgd")
+    opt = LQA(task.model.parameters(), direction="gradient", averaging=None)
     for _epoch in range(2):
         for x, y in loader:
             opt.step(lambda x=x, y=y: functional.cross_entropy(ddp(x), y))
@@ -94,8 +94,13 @@ def check_a_rank_without_data_steps_on_a_loss_of_zero(_):
     """The rate minimizes what DDP takes the gradient of: the mean of all ranks' losses."""
     task, reference = classification(dtype=torch.float64), classification(dtype=torch.float64)
     ddp = DistributedDataParallel(task.model)
-    opt = LQA(task.model.parameters(), direction="sgd")
-    alone = LQA(reference.model.parameters(), direction="sgd", process_group=this_process())
+    opt = LQA(task.model.parameters(), direction="gradient", averaging=None)
+    alone = LQA(
+        reference.model.parameters(),
+        direction="gradient",
+        averaging=None,
+        process_group=this_process(),
+    )
     others = size() - 1
     for step in range(10):
         x, y = share(task, step)

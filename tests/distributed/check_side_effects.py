@@ -47,7 +47,7 @@ def check_what_is_sent(_):
             with counted() as sent:
                 train_on_shares(opt, model, task, [step])
             losses = opt.report.forwards
-            if opt.report.reason is Reason.HELD:
+            if opt.report.reason is Reason.REUSED:
                 assert (sent, losses) == ([2], 1)
             else:
                 assert sent == [2, losses + 11]
@@ -118,7 +118,7 @@ def check_one_dropout_mask_for_each_rank(_):
         masks = dropout.masks
         task = classification(nn.Linear(8, 16), nn.Softplus(), dropout, nn.Linear(16, 3))
         model = parallelise(task.model)
-        opt = LQA(task.model.parameters(), direction="sgd")
+        opt = LQA(task.model.parameters(), direction="gradient", averaging=None)
         torch.manual_seed(rank())
         for step in range(3):
             masks.clear()

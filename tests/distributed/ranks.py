@@ -20,7 +20,9 @@ BATCH = 32
 # differences of losses does not.
 CONFIGURATIONS = {
     "lqa-paper": LQA.paper,
-    "lqa": lambda params, **own: LQA(params, direction="sgd", averaging=None, delta0=2.5, **own),
+    "lqa": lambda params, **own: LQA(
+        params, direction="gradient", averaging=None, delta0=2.5, **own
+    ),
     "lqa(adamw)": lambda params, **own: LQA(torch.optim.AdamW(params, lr=0.3), **own),
     "lqa(momentum)": lambda params, **own: LQA(
         torch.optim.SGD(params, lr=0.5, momentum=0.9), averaging="schedule-free", **own

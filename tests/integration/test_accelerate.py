@@ -80,13 +80,15 @@ def test_accumulated_steps_are_those_of_full_batches():
     model, loss_fn = model_and_loss(dropout=0.0)
     model.double()
     other = copy.deepcopy(model)
-    opt = LQA(model.parameters(), model=model, criterion=loss_fn, direction="sgd")
+    opt = LQA(
+        model.parameters(), model=model, criterion=loss_fn, direction="gradient", averaging=None
+    )
     accelerator = accelerator_of()
     net, optimizer = accelerator.prepare(model, opt)
     parts = [(x.double(), y) for x, y in batches(2)]
     train(accelerator, net, loss_fn, optimizer, parts, clip=None)
 
-    reference = LQA(other.parameters(), direction="sgd")
+    reference = LQA(other.parameters(), direction="gradient", averaging=None)
     for pair in zip(parts[::2], parts[1::2], strict=True):
         x, y = (torch.cat(both) for both in zip(*pair, strict=True))
         reference.step(lambda x=x, y=y: loss_fn(other(x), y))

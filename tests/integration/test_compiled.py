@@ -149,5 +149,6 @@ def test_recorded_calls_of_compiled_models(kind):
             train_step(task.inputs[rows], task.labels[rows])
         samples.append(opt.report)
     # Under other masks the slope that the gradient gives is not that of the losses.
-    assert all(report.reason in (Reason.GROWN, Reason.HELD, Reason.NOISE) for report in samples)
+    usual = {Reason.MINIMUM, Reason.RADIUS, Reason.REUSED, Reason.UNRESOLVED}
+    assert {report.reason for report in samples} <= usual
     assert samples[-1].forwards <= 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from quadstep import LQA, Reason
+from quadstep import LQA
 
 os.environ["KERAS_BACKEND"] = "torch"
 keras = pytest.importorskip("keras", reason="keras is not installed")
@@ -202,7 +202,7 @@ def test_an_interrupt_leaves_the_model_to_the_next_fit(data):
     model.fit(*data, BATCH, callbacks=[callback, Seeded()], verbose=0, shuffle=False)
     assert not {"compute_loss"} & vars(model).keys()
     assert not {"apply", "scale_loss"} & vars(model.optimizer).keys()
-    assert callback.optimizer.report.counts[Reason.GROWN] == 1 + len(data[0]) // BATCH
+    assert sum(callback.optimizer.report.counts.values()) == 1 + len(data[0]) // BATCH
 
 
 @pytest.mark.parametrize("option", ["optimizer", "jit_compile"])

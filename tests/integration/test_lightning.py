@@ -108,14 +108,14 @@ def loop(model, data, epochs=4, **options):
     return optimizer
 
 
-@pytest.mark.parametrize("options", [{}, {"direction": "sgd", "averaging": None}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"direction": "gradient", "averaging": None}], ids=str)
 def test_the_trainer_takes_the_steps_of_a_plain_loop(data, options):
     module, model = Module(network(), **options), network()
     (optimizer,) = fit(module, data).optimizers
     plain = loop(model, data, **options)
     assert are_equal(module.model, model)
     assert optimizer.report == plain.report
-    assert plain.report.counts.keys() - {Reason.HELD}
+    assert plain.report.counts.keys() - {Reason.REUSED}
 
 
 def test_probes_run_no_backward_pass(data):

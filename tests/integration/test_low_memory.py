@@ -38,7 +38,7 @@ BUILDERS = {
 }
 RESTORED = {
     "lqa-auto": LQA,
-    "lqa": lambda params, **own: LQA(params, direction="sgd", averaging=None, **own),
+    "lqa": lambda params, **own: LQA(params, direction="gradient", averaging=None, **own),
 }
 
 

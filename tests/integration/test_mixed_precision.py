@@ -79,26 +79,26 @@ def test_an_overflow_of_the_scale_itself():
 def test_the_resolution_is_that_of_the_arithmetic_not_of_the_last_cast(inside):
     """Autocast gives a float32 loss whose differences are those of bfloat16."""
     task = classification()
-    opt = LQA(task.model.parameters(), direction="sgd", delta0=1e-4)
+    opt = LQA(task.model.parameters(), direction="gradient", averaging=None, delta0=1e-4)
     closure = task.closure()
     if inside:
         opt.step(in_autocast(closure, torch.bfloat16))
     else:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             opt.step(closure)
-    assert opt.report.reason is Reason.NOISE
+    assert opt.report.reason is Reason.UNRESOLVED
     exact = classification()
-    other = LQA(exact.model.parameters(), direction="sgd", delta0=1e-2)
+    other = LQA(exact.model.parameters(), direction="gradient", averaging=None, delta0=1e-2)
     other.step(exact.closure())
-    assert other.report.reason is not Reason.NOISE
+    assert other.report.reason is not Reason.UNRESOLVED
 
 
 def test_two_phases_know_the_resolution():
     task = classification()
-    opt = LQA(task.model.parameters(), direction="sgd", delta0=1e-4)
+    opt = LQA(task.model.parameters(), direction="gradient", averaging=None, delta0=1e-4)
     closure = in_autocast(task.closure(), torch.bfloat16)
     step_in_two_phases(opt, closure)
-    assert opt.report.reason is Reason.NOISE
+    assert opt.report.reason is Reason.UNRESOLVED
 
 
 @pytest.mark.parametrize("upcast", [True, False])
@@ -117,10 +117,10 @@ def test_probes_too_near_to_move_bfloat16_parameters_are_noise(upcast):
         return functional.cross_entropy(logits.float() if upcast else logits, task.labels)
 
     opt.step(closure)
-    assert opt.report.reason is Reason.NOISE
+    assert opt.report.reason is Reason.UNRESOLVED
     assert opt.rate == 1e-6
     # Probes go further out until what they see is no noise, and no further.
-    while opt.report.reason is Reason.NOISE:
+    while opt.report.reason is Reason.UNRESOLVED:
         seen.clear()
         opt.step(closure)
     theta, *probes = seen

@@ -160,10 +160,12 @@ class TestTraining:
         model = make(dropout=0.0).double()
         other, rows = copy.deepcopy(model), rows()
         options = {"num_train_epochs": 2, "train_sampling_strategy": "sequential"}
-        opt = LQA(model.parameters(), model=model, direction="sgd")
+        # In single precision, which the loss is in, nearer probes would not tell the first rate.
+        own = {"direction": "gradient", "averaging": None, "delta0": 0.03}
+        opt = LQA(model.parameters(), model=model, **own)
         trainer_of(model, opt, rows, tmp_path, max_grad_norm=clip, **options).train()
 
-        reference = LQA(other.parameters(), direction="sgd")
+        reference = LQA(other.parameters(), **own)
         for _ in range(2):
             for start in range(0, len(rows), 16):
                 batch = transformers.default_data_collator(rows[start : start + 16])
@@ -178,8 +180,8 @@ class TestTraining:
                     nn.utils.clip_grad_norm_(other.parameters(), clip)
                 reference.step(closure, loss=loss)
         for one, another in zip(model.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(one, another, rtol=1e-7, atol=1e-9)
-        assert opt.rate == pytest.approx(reference.rate, rel=1e-7)
+            torch.testing.assert_close(one, another, rtol=1e-4, atol=1e-6)
+        assert opt.rate == pytest.approx(reference.rate, rel=1e-4)
         # The losses of Transformers are in single precision.
         assert opt.report.loss == pytest.approx(reference.report.loss, rel=1e-6)
 

@@ -81,8 +81,8 @@ class TestErrors:
             (
                 lambda p: LQA(p, direction="adam"),
                 ValueError,
-                'direction must be "rms" or "sgd", got \'adam\'; to follow another optimizer\'s '
-                "steps pass the optimizer itself: LQA(torch.optim.AdamW(params))",
+                'direction must be "rms" or "gradient", got \'adam\'; to follow another '
+                "optimizer's steps pass the optimizer itself: LQA(torch.optim.AdamW(params))",
             ),
             (
                 lambda p: LQA(torch.optim.AdamW(p, maximize=True)),
@@ -101,8 +101,8 @@ class TestErrors:
                     lambda p, make=make, lr=lr: make(p, lr=lr),
                     ValueError,
                     "LQA measures the learning rate, so there is none to choose, got "
-                    f"lr={lr!r}; leave lr out or pass None (delta0 is only the first rate, and its "
-                    "default needs no tuning)",
+                    f"lr={lr!r}; leave lr out or pass None (delta0 is only the first probe "
+                    "distance, and its default needs no tuning)",
                 )
                 for make in (LQA, LQA.paper, lambda p, lr: LQA(torch.optim.SGD(p), lr=lr))
                 for lr in (1e-3, 0, numpy.float32(0.5), "auto")
@@ -170,12 +170,12 @@ class TestErrors:
                     lambda p, make=make: make(p, state_dtype=torch.bfloat16),
                     ValueError,
                     "state_dtype is the type of LQA's own state, of which there is none without "
-                    'averaging around an optimizer or along "sgd", got '
+                    'averaging around an optimizer or along "gradient", got '
                     "state_dtype=torch.bfloat16; leave it out, or pass "
                     'averaging="schedule-free"',
                 )
                 for make in (
-                    lambda p, **own: LQA(p, direction="sgd", **own),
+                    lambda p, **own: LQA(p, direction="gradient", averaging=None, **own),
                     lambda p, **own: LQA(torch.optim.AdamW(p), **own),
                 )
             ),
@@ -203,8 +203,8 @@ class TestErrors:
             (
                 lambda p: LQA(p, delta0=-1.0),
                 ValueError,
-                "delta0 must be a positive finite number, got -1.0; it is only the first rate, a "
-                "small one such as 1e-4 is safe",
+                "delta0 must be a positive finite number, got -1.0; it is only the first probe "
+                "distance, a small one such as 1e-4 is safe",
             ),
             (
                 lambda p: LQA(p, weight_decay=False),
@@ -215,8 +215,8 @@ class TestErrors:
             (
                 lambda p: LQA.paper(p, delta0=math.nan),
                 ValueError,
-                "delta0 must be a positive finite number, got nan; it is only the first rate, a "
-                "small one such as 1e-4 is safe",
+                "delta0 must be a positive finite number, got nan; it is only the first probe "
+                "distance, a small one such as 1e-4 is safe",
             ),
             (
                 lambda p: LQA(p, weight_decay=-0.1),
@@ -225,10 +225,10 @@ class TestErrors:
                 "turns it off",
             ),
             (
-                lambda p: LQA([{"params": p, "weight_decay": 0.1}], direction="sgd"),
+                lambda p: LQA.paper([{"params": p, "weight_decay": 0.1}]),
                 ValueError,
-                'weight_decay goes with direction="rms", got weight_decay=0.1 along "sgd"; wrap an '
-                "optimizer that has it: LQA(torch.optim.SGD(params, weight_decay=0.1))",
+                "weight_decay must be 0 in LQA.paper, whose direction is the gradient, got 0.1; "
+                "add the penalty to the loss, or train with LQA(params)",
             ),
             (
                 lambda p: LQA(torch.optim.AdamW(p), weight_decay=0.1),
@@ -254,10 +254,10 @@ class TestErrors:
                 "optimizer that takes plain steps",
             ),
             (
-                lambda p: LQA(torch.optim.SGD(p), direction="sgd"),
+                lambda p: LQA(torch.optim.SGD(p), direction="gradient"),
                 ValueError,
-                "direction is the wrapped optimizer's own step, got direction='sgd'; leave it out, "
-                "or pass parameters instead of an optimizer",
+                "direction is the wrapped optimizer's own step, got direction='gradient'; leave it "
+                "out, or pass parameters instead of an optimizer",
             ),
             (
                 lambda p: LQA(torch.optim.SGD(p), delta0=0.1),

@@ -185,7 +185,7 @@ class TestClosures:
     def test_probes_see_their_own_weights_under_autocast(self):
         """Autocast caches the cast weights: a probe must not be given the cached ones."""
         task = classification()
-        opt = LQA(task.model.parameters(), direction="sgd", delta0=0.5)
+        opt = LQA.paper(task.model.parameters(), delta0=0.5)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             opt.step(task.closure())
         assert opt.report.slope > 0.0
@@ -241,7 +241,7 @@ class TestForwardPassesThatDifferWithoutGradients:
 
     def test_a_closure_that_does_not_repeat_with_gradients_either_is_probed_without(self):
         task, enabled = classification(), []
-        opt = LQA(task.model.parameters(), direction="sgd")
+        opt = LQA(task.model.parameters(), direction="gradient", averaging=None)
         steps = iter(range(10**6))
 
         def closure():

@@ -106,7 +106,7 @@ class TestClosuresThatMisbehave:
     def test_a_closure_that_turns_bad_is_noticed_later(self, monkeypatch):
         audit_every(monkeypatch, steps=5)
         task = classification()
-        opt = LQA(task.model.parameters(), direction="sgd")
+        opt = LQA(task.model.parameters(), direction="gradient", averaging=None)
         steps = iter(range(10**6))
         for step in range(5):
             opt.step(task.closure(step))
@@ -209,7 +209,7 @@ class TestOutOfMemory:
         with pytest.warns(UserWarning, match=self.MESSAGE) as caught:
             opt.step(self.probing(task, 2, error))
         assert caught[0].filename == __file__
-        assert opt.report.reason is Reason.HELD
+        assert opt.report.reason is Reason.REUSED
         rate = opt.rate
         for step in range(3, 100):
             opt.step(self.probing(task, step, error))
@@ -217,7 +217,7 @@ class TestOutOfMemory:
         assert full_loss(task) < first
         # There is memory again.
         train(task, opt, range(100, 150))
-        assert opt.report.counts[Reason.HELD] < 149
+        assert opt.report.counts[Reason.REUSED] < 149
         assert opt.rate != rate
 
     def test_in_the_slope_is_told_as_in_probes(self, monkeypatch):
@@ -233,11 +233,11 @@ class TestOutOfMemory:
                 opt.step(task.closure(step))
         with pytest.warns(UserWarning, match=self.MESSAGE):
             opt.step(task.closure(2))
-        assert opt.report.reason is Reason.HELD
+        assert opt.report.reason is Reason.REUSED
 
     def test_now_and_then_is_the_callers(self):
         task = classification()
-        opt = LQA(task.model.parameters(), direction="sgd")
+        opt = LQA(task.model.parameters(), direction="gradient", averaging=None)
         for step in range(30):
             if step % 3:
                 with pytest.raises(MemoryError):

@@ -66,7 +66,7 @@ class TestClearedGradients:
     def test_a_batch_without_a_gradient_in_a_closure_that_runs_backward(self):
         task = classification()
         opt = LQA(task.model.parameters())
-        for step in range(20):
+        for step in range(60):
 
             def closure(step=step):
                 opt.zero_grad(set_to_none=False)
@@ -104,7 +104,7 @@ class TestClearedGradients:
 
         for step in range(20):
             opt.step(lambda step=step: closure(step))
-        assert opt.report.counts["held"] >= 2
+        assert opt.report.counts["reused"] >= 2
 
 
 class GenerativeAdversarialNetwork:

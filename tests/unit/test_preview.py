@@ -11,6 +11,7 @@ from torch import nn
 from training import same_state, train
 
 from quadstep import LQA
+from quadstep.directions import Gradient
 
 
 def draws():
@@ -54,19 +55,22 @@ def test_it_has_the_rate_of_the_step_that_follows(configuration, steps):
     line = opt.preview(task.closure(steps))
     ahead = line.losses([line.rate])[0]
     opt.step(task.closure(steps))
-    if not any("z" in own for own in opt.state.values()):
+    is_averaged = any("z" in own for own in opt.state.values())
+    if is_averaged or (steps == 0 and opt.rate > 0.0):
+        # The first step stays near the first probe.
+        assert 0.0 < line.rate <= opt.rate
+    else:
         assert line.rate == pytest.approx(opt.rate)
+    if not is_averaged:
         moved = task.closure(steps)()
         assert ahead == pytest.approx(moved.item(), rel=1e-5)
-    else:
-        assert 0.0 < line.rate <= opt.rate
     assert not identical(values(start), values(task.model))
 
 
 def test_its_losses_are_those_of_the_closure_at_each_rate():
     torch.manual_seed(0)
     theta = nn.Parameter(torch.randn(5, dtype=torch.float64))
-    opt = LQA([theta], direction="sgd")
+    opt = LQA([theta], direction=Gradient(), averaging=None)
 
     def loss(at):
         return (at * torch.arange(1.0, 6.0)).sin().square().sum()
@@ -137,7 +141,7 @@ def test_a_learning_rate_from_outside_stays_and_the_step_warns_of_it():
 
 def test_what_its_closure_does_is_not_expected_of_others():
     task = classification()
-    opt = LQA(task.model.parameters(), direction="sgd")
+    opt = LQA(task.model.parameters(), direction="gradient", averaging=None)
 
     def running_backward():
         loss = task.closure()()

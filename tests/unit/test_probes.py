@@ -46,7 +46,6 @@ class TestOneProbe:
         for step in range(40):
             opt.step(task.closure(step))
             forwards.append(opt.report.forwards)
-        assert opt.report.counts[Reason.NOISE] == 1, "which is no check"
         assert forwards == [4] + [3] * 10 + [2] * 9 + ([3] + [2] * 9) * 2
 
     @pytest.mark.parametrize(
@@ -62,8 +61,8 @@ class TestOneProbe:
         "build",
         [
             LQA,
-            lambda params: LQA(params, direction="sgd"),
-            lambda params: LQA(params, direction="sgd", averaging="schedule-free"),
+            lambda params: LQA(params, direction="gradient", averaging=None),
+            lambda params: LQA(params, direction="gradient"),
             lambda params: LQA(BASES["momentum"](params)),
             lambda params: LQA(BASES["adamw"](params), averaging="schedule-free"),
         ],
@@ -99,7 +98,7 @@ class TestOneProbe:
             for step in range(60):
                 opt.step(scaled(task.closure(step), factor))
             counts = opt.report.counts
-            assert sum(counts.values()) - counts.get(Reason.HELD, 0) > 5
+            assert sum(counts.values()) - counts.get(Reason.REUSED, 0) > 5
             ends.append(values(task.model))
         assert identical(*ends)
 
@@ -137,7 +136,7 @@ class TestOneProbe:
                 loss = backward_of(opt, closure)
                 nn.utils.clip_grad_norm_(task.model.parameters(), 0.5)
                 opt.step(closure, loss=loss)
-            if opt.report.reason is not Reason.HELD:
+            if opt.report.reason is not Reason.REUSED:
                 assert opt.report.forwards >= 3
 
     @pytest.mark.parametrize(("foreach", "forwards"), [(False, 2), (True, 3)])

@@ -12,6 +12,7 @@ from torch.nn import functional
 from training import about_to_hold, about_to_measure, backward_of, raising, train, with_fault
 
 from quadstep import LQA, Reason
+from quadstep.directions import Gradient
 
 
 class TestFreeOfSideEffects:
@@ -56,11 +57,12 @@ class TestFreeOfSideEffects:
         assert loss.item() < task.closure(0, 256)().item() * 2.0
 
     @pytest.mark.parametrize(
-        ("size", "reason"), [(1e-30, Reason.NOISE), (1e20, Reason.NOISE), (0.0, Reason.HELD)]
+        ("size", "reason"),
+        [(1e-30, Reason.UNRESOLVED), (1e20, Reason.UNRESOLVED), (0.0, Reason.REUSED)],
     )
     def test_gradients_count_whose_squares_are_beyond_their_type(self, size, reason):
         param = nn.Parameter(torch.ones(3))
-        opt = LQA([param], direction="sgd", delta0=1e-10)
+        opt = LQA([param], direction=Gradient(), averaging=None, delta0=1e-10)
         opt.step(lambda: size * param.sum() + 1.0)
         assert opt.report.reason is reason
 
@@ -72,14 +74,14 @@ class TestFreeOfSideEffects:
         for step in range(120):
             for _ in range(30 if step == 0 else step % 3):
                 opts[1].step(lambda: 0.0 * flat.closure()())
-                assert opts[1].report.reason is Reason.HELD
+                assert opts[1].report.reason is Reason.REUSED
                 assert opts[1].report.forwards == 1
             for opt, task in zip(opts, (plain, flat), strict=True):
                 opt.step(task.closure(step))
         assert identical(values(plain.model), values(flat.model))
         assert opts[0].rate == opts[1].rate
         if name == "lqa-auto":
-            assert opts[0].report.counts[Reason.HELD] > 30
+            assert opts[0].report.counts[Reason.REUSED] > 30
 
     def test_a_wrapped_optimizer_steps_without_a_gradient_as_it_would_by_itself(self):
         """Momentum coasts and weights decay, at the rate in force, which nothing measures."""
@@ -93,11 +95,12 @@ class TestFreeOfSideEffects:
         base.load_state_dict(copy.deepcopy(wrapped.state_dict()))
         for _ in range(5):
             opt.step(lambda: 0.0 * task.closure()())
-            assert opt.report.reason is Reason.HELD
+            assert opt.report.reason is Reason.REUSED
             base.zero_grad()
             (0.0 * functional.cross_entropy(alone(task.inputs), task.labels)).backward()
             base.step()
-        assert identical(values(task.model), values(alone))
+        # LQA scales the displacement, which rounds.
+        torch.testing.assert_close(values(task.model), values(alone), rtol=1e-5, atol=1e-7)
 
     def test_held_steps_survive_a_non_finite_loss(self):
         task = noisy_classification()
@@ -136,7 +139,7 @@ class TestTwoPhases:
 
 def test_an_interrupted_closure_that_moved_the_parameters_is_undone():
     task = classification()
-    opt = LQA(task.model.parameters(), direction="sgd")
+    opt = LQA(task.model.parameters(), direction="gradient", averaging=None)
     loss, before = backward_of(opt, task.closure()), values(task.model)
     calls = []
 
