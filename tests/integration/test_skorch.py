@@ -167,7 +167,7 @@ def test_partial_fit_goes_on(data):
 )
 def test_losses_that_a_net_computes_itself_are_probed(kind, options, labels, data):
     inputs, classes = data
-    net = fit(net_of(kind, optimizer__every=1, **options), inputs, labels(classes))
+    net = fit(net_of(kind, optimizer__every=1, max_epochs=8, **options), inputs, labels(classes))
     assert net.optimizer_.report.backwards == 1
     assert net.module_.probes >= net.module_.passes
     assert net.history[-1, "train_loss"] < 0.7 * net.history[0, "train_loss"]
@@ -199,7 +199,7 @@ def test_accelerate(data):
     class Accelerated(AccelerateMixin, NeuralNetClassifier):
         pass
 
-    net = net_of(Accelerated, accelerator=Accelerator(cpu=True), optimizer__every=1)
+    net = net_of(Accelerated, accelerator=Accelerator(cpu=True), optimizer__every=1, max_epochs=8)
     fit(net, *data)
     assert net.module_.probes >= net.module_.passes
     assert net.history[-1, "train_loss"] < 0.5 * net.history[0, "train_loss"]
