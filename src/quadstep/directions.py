@@ -112,19 +112,22 @@ class Normalized(Direction):
     def _normalize(self, block: ParamBlock, roots: list[Tensor]) -> None:
         # In half precision the squares of small gradients are zero.
         floors = [max(self.eps, _smallest_subnormal(root.dtype) ** 0.5) for root in roots]
-        direction, decay = list(block.direction), block.weight_decay
-        for i, (owner, param) in enumerate(zip(block.owners, block.params, strict=True)):
+        decay = block.weight_decay
+        for owner, param, gradient, root, floor in zip(
+            block.owners, block.params, block.direction, roots, floors, strict=True
+        ):
             inputs = math.prod(owner.shape[1:])
             if inputs > 1:
                 dims = tuple(range(1, owner.dim()))
-                mean = direction[i].mean(dims, keepdim=True)
+                mean = gradient.mean(dims, keepdim=True)
                 if decay:
-                    mean = mean + (roots[i] * param).mean(dims, keepdim=True) * decay
-                mean = mean / (roots[i].mean(dims, keepdim=True) + floors[i])
+                    mean = mean + (root * param).mean(dims, keepdim=True) * decay
+                mean = mean / (root.mean(dims, keepdim=True) + floor)
                 part = 1.0 - inputs**-0.5
-                direction[i] = torch.addcmul(direction[i], mean, roots[i], value=-part)
-        torch._foreach_add_(roots, floors)
-        block.direction = list(torch._foreach_div(direction, roots))
+                gradient = torch.addcmul(gradient, mean, root, value=-part)
+            # In place of the root: a second copy of all parameters would be the peak of a step.
+            root.add_(floor).reciprocal_().mul_(gradient)
+        block.direction = roots
         if decay:
             torch._foreach_add_(block.direction, block.params, alpha=decay)
 
