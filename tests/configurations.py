@@ -8,7 +8,7 @@ from quadstep import LQA
 
 CONFIGURATIONS = {
     "lqa-paper": LQA.paper,
-    "lqa": lambda params: LQA(params, direction="sgd", averaging=None),
+    "lqa": lambda params: LQA(params, direction="gradient", averaging=None),
     "lqa-auto": LQA,
     "lqa(adamw)": lambda params: LQA(torch.optim.AdamW(params, lr=1e-2)),
 }

@@ -53,24 +53,46 @@ def schedule_free(
             z = (y - beta * x) / (1.0 - beta)
         before = beta
         grads.append(gradient(y))
-        d = normalised(grads, decay, eps) + weight_decay * y
+        d = normalised(grads, decay, eps, weight_decay * y)
         z = z - scale * rate * d
         x = x + (z - x) * (1.0 + power) / (t + power)
         y = (1.0 - beta) * z + beta * x
     return x, y, z
 
 
-def normalised(grads: list[Tensor], decay: float = 0.999, eps: float = 1e-8) -> Tensor:
-    """The default's direction after these gradients of one parameter."""
+def normalised(
+    grads: list[Tensor],
+    decay: float = 0.999,
+    eps: float = 1e-8,
+    decayed: Tensor | float = 0.0,
+    by_tensor: bool = False,
+) -> Tensor:
+    """The direction after these gradients of one parameter; `decayed` is its decay times itself."""
     mean_square = torch.zeros_like(grads[0])
     for grad in grads:
-        mean_square = decay * mean_square + (1.0 - decay) * grad * grad
-    d = centred(grads[-1] / (mean_square / (1.0 - decay ** len(grads)) + eps**2).sqrt())
+        square = grad * grad
+        if by_tensor and square.numel():
+            square = square.mean().expand_as(square)
+        mean_square = decay * mean_square + (1.0 - decay) * square
+    root = (mean_square / (1.0 - decay ** len(grads))).sqrt()
+    if by_tensor:
+        root = root * (grads[-1] != 0.0)
+    d = centred(grads[-1], root, eps, decayed * torch.ones_like(root))
     return d / max(1.0, d.square().mean().nan_to_num().sqrt().item())
 
 
-def centred(d: Tensor) -> Tensor:
-    """A direction without the mean over the n inputs of each output, but for an n-th of it."""
+def centred(grad: Tensor, root: Tensor, eps: float, decayed: Tensor) -> Tensor:
+    """The normalised gradient and the decay, without their mean over the n inputs of each output.
+
+    The mean is weighted by the roots, and a part of it is left, one over the root of n.
+    """
+    d = grad / (root + eps) + decayed
     if d.dim() < 2 or not d.numel():
         return d
-    return torch.stack([row - row.mean() * (1.0 - 1.0 / row.numel()) for row in d])
+    means = [
+        (g + s * w).sum() / (s + eps).sum() for g, s, w in zip(grad, root, decayed, strict=True)
+    ]
+    part = 1.0 - d[0].numel() ** -0.5
+    return torch.stack(
+        [q - part * m * s / (s + eps) for q, m, s in zip(d, means, root, strict=True)]
+    )
