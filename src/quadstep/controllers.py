@@ -164,7 +164,6 @@ class TrustRegionConfig:
     failure: float = 10.0  # predicted reductions without success that contract, in spreads
     converged: float = 0.01  # gap of the losses, in peak gaps, from which on there is no expansion
     polyak: float = 2.0  # largest rate, in gap / slope: an exact parabola above zero allows two
-    literal: int = 1
     restart: int = 10  # rejected steps in a row after which the search starts over
 
     def __post_init__(self) -> None:
