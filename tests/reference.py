@@ -167,7 +167,7 @@ def trust_region(
                 new = max(new, c.contraction * rate)
                 is_accepted = new >= c.rejection * rate
             else:
-                new, is_accepted = rate / (1.0 + c.growth), False
+                new, is_accepted = rate if rejected else rate / (1.0 + c.growth), False
             rate = new
         if is_accepted:
             accepted, rejected = rate, 0

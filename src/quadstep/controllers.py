@@ -220,7 +220,7 @@ class TrustRegionController:
         if not (samples.is_finite and math.isfinite(fit.slope) and math.isfinite(fit.curvature)):
             return self._contract(state, rate, samples, 0.0, Reason.NON_FINITE)
         rise = samples.loss_ahead - center
-        if rise > max(config.failure * spread, fit.slope * samples.distance, 0.0):
+        if rise > max(config.failure * spread, fit.slope * samples.distance, samples.signal):
             # So far out a quadratic does not fit: its minimizer gives the order of magnitude.
             hint = fit.minimizer if fit.has_minimum_ahead else 0.0
             return self._contract(state, rate, samples, hint, Reason.REJECTED)

