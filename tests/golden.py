@@ -17,7 +17,7 @@ RECORD = Path(__file__).with_name("golden.json")
 
 CONFIGURATIONS = {
     "LQA(params)": LQA,
-    'LQA(params, direction="sgd")': lambda params: LQA(params, direction="sgd"),
+    'LQA(params, direction="gradient")': lambda params: LQA(params, direction="gradient"),
     "LQA(AdamW)": lambda params: LQA(torch.optim.AdamW(params)),
     "LQA.paper(params)": LQA.paper,
 }

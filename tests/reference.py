@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -53,24 +55,133 @@ def schedule_free(
             z = (y - beta * x) / (1.0 - beta)
         before = beta
         grads.append(gradient(y))
-        d = normalised(grads, decay, eps) + weight_decay * y
+        d = normalised(grads, decay, eps, weight_decay * y)
         z = z - scale * rate * d
         x = x + (z - x) * (1.0 + power) / (t + power)
         y = (1.0 - beta) * z + beta * x
     return x, y, z
 
 
-def normalised(grads: list[Tensor], decay: float = 0.999, eps: float = 1e-8) -> Tensor:
-    """The default's direction after these gradients of one parameter."""
+def normalised(
+    grads: list[Tensor],
+    decay: float = 0.999,
+    eps: float = 1e-8,
+    decayed: Tensor | float = 0.0,
+    by_tensor: bool = False,
+) -> Tensor:
+    """The direction after these gradients of one parameter; `decayed` is its decay times itself."""
     mean_square = torch.zeros_like(grads[0])
     for grad in grads:
-        mean_square = decay * mean_square + (1.0 - decay) * grad * grad
-    d = centred(grads[-1] / (mean_square / (1.0 - decay ** len(grads)) + eps**2).sqrt())
+        square = grad * grad
+        if by_tensor and square.numel():
+            square = square.mean().expand_as(square)
+        mean_square = decay * mean_square + (1.0 - decay) * square
+    root = (mean_square / (1.0 - decay ** len(grads))).sqrt()
+    if by_tensor:
+        root = root * (grads[-1] != 0.0)
+    d = centred(grads[-1], root, eps, decayed * torch.ones_like(root))
     return d / max(1.0, d.square().mean().nan_to_num().sqrt().item())
 
 
-def centred(d: Tensor) -> Tensor:
-    """A direction without the mean over the n inputs of each output, but for an n-th of it."""
+def centred(grad: Tensor, root: Tensor, eps: float, decayed: Tensor) -> Tensor:
+    """The normalised gradient and the decay, without their mean over the n inputs of each output.
+
+    The mean is weighted by the roots, and a part of it is left, one over the root of n.
+    """
+    d = grad / (root + eps) + decayed
     if d.dim() < 2 or not d.numel():
         return d
-    return torch.stack([row - row.mean() * (1.0 - 1.0 / row.numel()) for row in d])
+    means = [
+        (g + s * w).sum() / (s + eps).sum() for g, s, w in zip(grad, root, decayed, strict=True)
+    ]
+    part = 1.0 - d[0].numel() ** -0.5
+    return torch.stack(
+        [q - part * m * s / (s + eps) for q, m, s in zip(d, means, root, strict=True)]
+    )
+
+
+def trust_region(
+    line: Callable[[int, float], tuple[float, float, float]],
+    rate: float,
+    steps: int,
+    constants: dict[str, float],
+) -> list[float]:
+    """The rates of the trust region on lines whose losses are finite and well resolved.
+
+    `line` gives the losses ahead of, at and behind the parameters, for the number of a measurement
+    and a distance. Averages are computed anew from all that has been measured.
+    """
+    c = SimpleNamespace(**constants)
+    losses, deviations, reductions, slopes, curvatures, rates = [], [], [], [], [], [rate]
+    radius, total, reference, peak, accepted = None, 0.0, 0.0, 0.0, 0.0
+    adapted = contracted = rejected = 0
+    succeeded = False
+    for n in range(1, steps + 1):
+        ahead, center, behind = line(n, rate)
+        slope = (behind - ahead) / (2.0 * rate)
+        curvature = (ahead + behind - 2.0 * center) / (2.0 * rate**2)
+        spread_before = smoothed(deviations, c.loss_memory)
+        if losses:
+            deviations.append(abs(center - smoothed(losses, c.loss_memory)))
+        losses.append(center)
+        level, spread = smoothed(losses, c.loss_memory), smoothed(deviations, c.loss_memory)
+        gap = max(level, spread) if min(losses) >= 0.0 else math.inf
+        peak = max(peak, gap)
+        reductions.append(max(0.0, slope * rate - curvature * rate**2))
+        reduction, total = smoothed(reductions, c.loss_memory), total + reductions[-1]
+        if level > reference or n == 1:
+            part = 1.0 / c.memory if n > c.loss_memory else 1.0
+            reference += part * (level - reference)
+        radius = radius and max(radius, rate)
+        if level < reference - c.significance * spread:
+            factor = 1.0 if gap < c.converged * peak else c.expansion
+            radius = radius and factor * rate
+            reference, total, succeeded, adapted = level, 0.0, True, n
+        elif (
+            n - adapted > 2.0 * c.loss_memory
+            and total > c.failure * spread
+            and not (succeeded and level <= reference)
+        ):
+            radius, total, adapted = radius and rate / c.expansion, 0.0, n
+        if ahead - center > max(c.failure * spread_before, slope * rate, 0.0):
+            hint = slope / (2.0 * curvature) if slope > 0.0 < curvature else 0.0
+            rate, is_accepted = min(max(hint, c.contraction * rate), c.rejection * rate), False
+        elif radius is None and slope <= 0.0:
+            rate, is_accepted = c.contraction * rate, False
+        elif radius is None and curvature <= 0.0:
+            rate, is_accepted = (1.0 + c.growth) * rate, None
+        elif radius is None:
+            radius = rate = accepted = slope / (2.0 * curvature) / c.start
+            contracted, is_accepted = n, None
+        else:
+            slopes.append(slope)
+            curvatures.append(curvature)
+            slope, curvature = smoothed(slopes, c.memory), smoothed(curvatures, c.memory)
+            hidden = rate * spread / (c.window * reduction) if reduction else math.inf
+            hidden = 0.0 if reduction == spread == 0.0 else hidden
+            far = max(radius, min(rate, hidden) if succeeded else hidden)
+            vertex = slope / (2.0 * curvature) if curvature > 0.0 else math.inf
+            growth = 1.0 + c.growth / max(1, n - contracted)
+            if slope > 0.0:
+                new = min(vertex, c.polyak * gap / slope, far, growth * rate)
+                new = max(new, c.contraction * rate)
+                is_accepted = new >= c.rejection * rate
+            else:
+                new, is_accepted = rate if rejected else rate / (1.0 + c.growth), False
+            rate = new
+        if is_accepted:
+            accepted, rejected = rate, 0
+        elif is_accepted is False:
+            contracted, rejected = n, rejected + 1
+            if rejected >= c.restart:
+                rate, rejected, slopes, curvatures = max(rate, accepted), 0, [], []
+        rates.append(rate)
+    return rates[1:]
+
+
+def smoothed(values: list[float], memory: float) -> float:
+    """The mean of the first values, then an exponential moving average; zero of none."""
+    mean = 0.0
+    for number, value in enumerate(values, start=1):
+        mean += (value - mean) / min(number, memory)
+    return mean

@@ -1,13 +1,16 @@
 """What tests read of the optimizer's state by name, or replace in the library: all in one place."""
 
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
 
 from quadstep import LQA, Reason, optimizer, schedule
 from quadstep.averaging import WATCHED_STEPS, ScheduleFree
-from quadstep.controllers import Decision, TrustRegionController, VertexController
+from quadstep.controllers import Decision, TrustRegionController, VertexController, VertexState
+from quadstep.directions import STEPPING_RATE
 from quadstep.statistics import SlopeCheck
 
 
@@ -27,6 +30,11 @@ def noise_estimate(opt: LQA) -> dict:
     return {key: value for key, value in opt.param_groups[0].items() if key.startswith(prefix)}
 
 
+def stepping_rate(opt: LQA) -> float:
+    """The rate that a wrapped optimizer steps at."""
+    return opt.param_groups[0][STEPPING_RATE]
+
+
 def watched(opt: LQA) -> set:
     """The parameters of which a copy is kept, because the caller has changed them."""
     states = opt.state.items()
@@ -43,6 +51,23 @@ def pin_rate(monkeypatch: pytest.MonkeyPatch, moves: bool = True) -> None:
 
     for controller in (TrustRegionController, VertexController):
         monkeypatch.setattr(controller, "update", update)
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A controller that multiplies the rate by one factor after the other."""
+
+    factors: tuple[float, ...]
+    state_type: ClassVar[type] = VertexState
+    needs_slope: ClassVar[bool] = False
+
+    def probe_distance(self, state, rate):
+        return rate
+
+    def update(self, state, rate, samples):
+        rate *= self.factors[state.fits]
+        decision = Decision(rate, rate, Reason.MINIMUM, settled=True)
+        return replace(state, fits=state.fits + 1), decision
 
 
 def take_two_probes(monkeypatch: pytest.MonkeyPatch) -> None:

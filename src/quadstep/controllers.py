@@ -164,7 +164,6 @@ class TrustRegionConfig:
     failure: float = 10.0  # predicted reductions without success that contract, in spreads
     converged: float = 0.01  # gap of the losses, in peak gaps, from which on there is no expansion
     polyak: float = 2.0  # largest rate, in gap / slope: an exact parabola above zero allows two
-    literal: int = 1
     restart: int = 10  # rejected steps in a row after which the search starts over
 
     def __post_init__(self) -> None:
@@ -221,7 +220,7 @@ class TrustRegionController:
         if not (samples.is_finite and math.isfinite(fit.slope) and math.isfinite(fit.curvature)):
             return self._contract(state, rate, samples, 0.0, Reason.NON_FINITE)
         rise = samples.loss_ahead - center
-        if rise > max(config.failure * spread, fit.slope * samples.distance, 0.0):
+        if rise > max(config.failure * spread, fit.slope * samples.distance, samples.signal):
             # So far out a quadratic does not fit: its minimizer gives the order of magnitude.
             hint = fit.minimizer if fit.has_minimum_ahead else 0.0
             return self._contract(state, rate, samples, hint, Reason.REJECTED)
@@ -300,7 +299,9 @@ class TrustRegionController:
         """Takes the smallest of the terms, which gives the reason."""
         config, quadratic, losses = self.config, state.quadratic, state.losses
         if quadratic.slope <= 0.0:
-            return self._reject(state, Decision(rate / (1.0 + config.growth), 0.0, Reason.ASCENT))
+            # Once in a row: no rate descends then, and the next growth makes up for one contraction.
+            factor = 1.0 if state.rejections else 1.0 / (1.0 + config.growth)
+            return self._reject(state, Decision(factor * rate, 0.0, Reason.ASCENT))
         growth = 1.0 + config.growth / max(1, state.measurements - state.contraction)
         invisible = rate * divide(losses.spread, config.window * state.reduction.mean)
         # Without any predicted reduction there is no noise to hide it either.

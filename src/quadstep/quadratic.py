@@ -63,10 +63,14 @@ class LineSamples:
         return abs(self.second_difference) <= self.rounding_error
 
     @property
+    def signal(self) -> float:
+        """The second difference that resolves the curvature, a quarter of the loss at most."""
+        return min(SIGNAL, LARGE_CHANGE / (ROUNDINGS * self.resolution)) * self.rounding_error
+
+    @property
     def resolved_distance(self) -> float:
-        """Where the second difference is many rounding errors, a quarter of the loss at most."""
-        errors = min(SIGNAL, LARGE_CHANGE / (ROUNDINGS * self.resolution))
-        return self.distance * math.sqrt(errors * self.rounding_error / abs(self.second_difference))
+        """Where the second difference resolves the curvature."""
+        return self.distance * math.sqrt(self.signal / abs(self.second_difference))
 
     @property
     def contradicts_gradient(self) -> bool:

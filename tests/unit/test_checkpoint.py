@@ -130,7 +130,7 @@ class TestRefusedStates:
         state = opt.state_dict()
         state["param_groups"][0]["lqa.version"] = 99
         message = (
-            r"^state_dict has version 99, and this quadstep reads version 5; load it with the "
+            r"^state_dict has version 99, and this quadstep reads version 6; load it with the "
             r"quadstep that saved it$"
         )
         with pytest.raises(ValueError, match=message):

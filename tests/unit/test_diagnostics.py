@@ -1,5 +1,6 @@
 """The warnings: each once, at the line of the caller, and none in ordinary use."""
 
+import math
 import warnings
 from functools import partial
 
@@ -12,6 +13,8 @@ from torch.nn import functional
 from training import backward_of, full_loss, in_autocast, train
 
 from quadstep import LQA, Reason
+from quadstep.diagnostics import SlopeComparison
+from quadstep.quadratic import LineSamples
 
 
 def test_nothing_warns_in_ordinary_use():
@@ -255,3 +258,37 @@ class TestOutOfMemory:
         for _ in range(30):
             with pytest.raises(torch.OutOfMemoryError):
                 opt.step(closure)
+
+
+class TestSlopeComparison:
+    def samples(self, ratio, resolution=1e-7, curvature=0.0, **changed):
+        """Losses whose slope is `ratio` times the one that the gradient gives, which is 2."""
+        loss = {"loss_ahead": 1.0 - 0.2 * ratio + curvature, "loss_behind": 1.0 + 0.2 * ratio}
+        options = {"loss_center": 1.0, "resolution": resolution, "slope": 2.0}
+        return LineSamples(0.1, **loss | options | changed)
+
+    def compare(self, count, *args, **options):
+        comparison = SlopeComparison()
+        return [comparison.differ(self.samples(*args, **options)) for _ in range(count)]
+
+    @pytest.mark.parametrize("ratio", [0.1, -1.0, 2.0])
+    def test_other_gradients_are_noticed_in_time(self, ratio):
+        assert self.compare(25, ratio) == [False] * 19 + [True] * 6
+
+    @pytest.mark.parametrize("ratio", [0.5, 1.0, 1.4])
+    def test_the_same_are_not(self, ratio):
+        assert not any(self.compare(100, ratio))
+
+    @pytest.mark.parametrize(
+        "unknown",
+        [
+            {"resolution": 1e-3},
+            {"gradient_unmodified": False},
+            {"loss_behind": None},
+            {"slope": math.nan},
+            {"curvature": 1.0},
+            {"loss_ahead": math.inf},
+        ],
+    )
+    def test_what_tells_nothing_is_left_out(self, unknown):
+        assert not any(self.compare(100, -1.0, **unknown))

@@ -1,63 +1,131 @@
-"""Where steps lead: the gradient, the normalized gradient, the step of another optimizer."""
+"""Where steps lead: the normalized gradients, the step of another optimizer."""
 
 import copy
 
+import numpy
 import pytest
 import torch
 from configurations import BASES
-from problems import classification, noisy_classification, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from problems import classification, identical, noisy_classification, values
 from reference import normalised
-from seams import pin_rate
+from seams import Scripted, pin_rate, stepping_rate
 from torch import nn
-from training import full_loss, same_state, train
+from training import full_loss, raising, same_state, saved_and_loaded, train
 
 from quadstep import LQA, Reason
-from quadstep.directions import RMSNormalized
+from quadstep.directions import RMSNormalized, TensorNormalized
+
+NORMALIZED = {"rms": RMSNormalized, "gradient": TensorNormalized}
+SHAPES = [(), (6,), (5, 6), (4, 3, 2, 2), (5, 1), (7, 1, 1), (1, 6), (0, 6), (6, 0)]
+
+by_direction = pytest.mark.parametrize("name", NORMALIZED)
 
 
-def direction_along(params, grads, state=None):
-    """The direction at these gradients, of parameters whose state is carried on."""
-    for param, grad in zip(params, grads, strict=True):
-        param.grad = grad
-    state = {param: {} for param in params} if state is None else state
-    with torch.no_grad():
-        line = RMSNormalized().line([{"params": params, "lr": 1.0}], state, 1.0, True)
+@st.composite
+def histories(draw):
+    """The gradients of a few steps, of a parameter of any shape; many entries are zero."""
+    shape = draw(st.sampled_from([*SHAPES, (3, 2, 2)]))
+    numbers = st.floats(-1e6, 1e6) | st.sampled_from([0.0, 1e-9, 1.0])
+    found = arrays(numpy.float64, (draw(st.integers(1, 4)), *shape), elements=numbers)
+    return list(torch.from_numpy(draw(found)))
+
+
+def direction_along(name, params, histories, weight_decay=0.0):
+    """The last direction at these gradients, one history for each parameter."""
+    state, direction = {param: {} for param in params}, NORMALIZED[name]()
+    group = {"params": params, "lr": 1.0, "weight_decay": weight_decay}
+    for grads in zip(*histories, strict=True):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        with torch.no_grad():
+            line = direction.line([group], state, 1.0, True)
     return line.blocks[0].direction
 
 
-@pytest.mark.parametrize(
-    "shape", [(), (6,), (5, 6), (4, 3, 2, 2), (5, 1), (7, 1, 1), (1, 6), (0, 6), (6, 0)]
-)
-def test_equals_the_plain_direction(shape):
+@by_direction
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_equals_the_plain_direction(name, shape, weight_decay):
     torch.manual_seed(0)
     param = nn.Parameter(torch.randn(shape, dtype=torch.float64))
-    state = {param: {}}
     grads = [torch.randn(shape, dtype=torch.float64) + 0.5 for _ in range(5)]
+    rounding = 1e-12 if name == "rms" else 1e-6  # its mean square is in single precision
     for step in range(1, 6):
-        (found,) = direction_along([param], [grads[step - 1]], state)
-        torch.testing.assert_close(found, normalised(grads[:step]), rtol=1e-12, atol=1e-14)
+        (found,) = direction_along(name, [param], [grads[:step]], weight_decay)
+        decayed = weight_decay * param.detach()
+        plain = normalised(grads[:step], decayed=decayed, by_tensor=name == "gradient")
+        torch.testing.assert_close(found, plain, rtol=rounding, atol=rounding)
 
 
-def test_a_gradient_of_one_sign_moves_an_output_as_far_as_its_bias():
-    layer = nn.Linear(64, 3)
-    weight, bias = direction_along(
-        [layer.weight, layer.bias], [torch.rand(3, 64) + 0.1, torch.ones(3)]
+@by_direction
+@settings(max_examples=200)
+@given(histories())
+def test_descends_whatever_the_gradients_were(name, grads):
+    (found,) = direction_along(name, [nn.Parameter(torch.zeros_like(grads[0]))], [grads])
+    assert (grads[-1] * found).sum() >= 0.0
+    assert found.square().sum() <= (1.0 + 1e-9) * found.numel()
+
+
+@by_direction
+@settings(max_examples=50)
+@given(histories().filter(lambda grads: grads[0].shape[-1:] == (2,)))
+def test_descends_along_complex_gradients(name, grads):
+    grads = [torch.view_as_complex(grad) for grad in grads]
+    (found,) = direction_along(name, [nn.Parameter(torch.zeros_like(grads[0]))], [grads])
+    assert (torch.view_as_real(grads[-1]) * found).sum() >= 0.0
+
+
+@by_direction
+@given(histories(), st.randoms(use_true_random=False))
+def test_entries_whose_gradient_has_always_been_zero_stay(name, grads, random):
+    unused = torch.tensor(
+        [random.random() < 0.5 for _ in range(grads[0].numel())], dtype=torch.bool
     )
-    inputs = torch.ones(64)
-    torch.testing.assert_close(weight @ inputs, bias)
+    unused = unused.view(grads[0].shape)
+    grads = [grad.masked_fill(unused, 0.0) for grad in grads]
+    (found,) = direction_along(name, [nn.Parameter(torch.ones_like(grads[0]))], [grads])
+    assert not found[unused].any()
+
+
+@pytest.mark.parametrize(("name", "size"), [("rms", 0.1), ("rms", 0.0), ("gradient", 0.1)])
+@pytest.mark.parametrize("shape", [(3, 16), (1, 16), (2, 4, 2, 2)])
+def test_the_mean_of_a_row_keeps_the_same_part_of_the_gradient_and_of_the_decay(name, size, shape):
+    """One over the root of 16, also where the gradient is zero now."""
+    torch.manual_seed(0)
+    param = nn.Parameter(0.1 * torch.randn(shape, dtype=torch.float64) + 0.5)
+    first, last = torch.rand(2, *shape, dtype=torch.float64) + 1.0
+    (found,) = direction_along(name, [param], [[first, size * last]], weight_decay=0.2)
+    squares = 0.999 * first.square() + (size * last).square()
+    roots = ((squares if name == "rms" else squares.mean().expand(shape)) / 1.999).sqrt()
+    quotient = size * last / (roots + 1e-8) + 0.2 * param.detach()
+    means = [(roots * part).flatten(1).sum(1) for part in (found, quotient)]
+    torch.testing.assert_close(means[0], means[1] / 4.0, rtol=1e-6, atol=0.0)
+
+
+@by_direction
+def test_a_gradient_of_one_sign_moves_an_output_by_the_root_of_its_inputs(name):
+    """Of 64 inputs of one: eight times as far as its bias, and not 64 times."""
+    layer = nn.Linear(64, 3)
+    grads = [torch.full((3, 64), 0.1)], [torch.ones(3)]
+    weight, bias = direction_along(name, [layer.weight, layer.bias], grads)
+    torch.testing.assert_close(weight @ torch.ones(64), 8.0 * bias)
 
 
 def test_real_and_imaginary_parts_are_centralized_apart():
     torch.manual_seed(0)
     grad = torch.randn(4, 6, dtype=torch.complex128) + (1.0 + 2.0j)
-    (joint,) = direction_along([nn.Parameter(torch.zeros(4, 6, dtype=torch.complex128))], [grad])
+    (joint,) = direction_along("rms", [nn.Parameter(torch.zeros_like(grad))], [[grad]])
     apart = [normalised([part]) for part in (grad.real, grad.imag)]
     torch.testing.assert_close(joint, torch.stack(apart, dim=-1), rtol=1e-12, atol=1e-14)
 
 
-def test_a_complex_vector_is_not_centralized():
+@by_direction
+def test_a_complex_vector_is_not_centralized(name):
     grad = torch.full((3,), 1.0 + 1.0j, dtype=torch.complex128)
-    (kept,) = direction_along([nn.Parameter(torch.zeros_like(grad))], [grad])
+    (kept,) = direction_along(name, [nn.Parameter(torch.zeros_like(grad))], [[grad]])
     torch.testing.assert_close(kept, torch.ones(3, 2, dtype=torch.float64))
 
 
@@ -74,12 +142,11 @@ def test_parameters_without_a_slope_stay_in_half_precision(dtype):
     assert torch.equal(unused, table.weight[5])
 
 
-@pytest.mark.parametrize(
-    ("own", "decay"), [({}, 0.01), ({"averaging": None}, 0.01), ({"direction": "sgd"}, 0.0)]
-)
-def test_weights_decay_by_default_along_the_normalised_gradient(own, decay):
-    opt = LQA(nn.Linear(2, 1).parameters(), **own)
-    assert opt.param_groups[0]["weight_decay"] == decay
+@by_direction
+@pytest.mark.parametrize("averaging", ["auto", None])
+def test_weights_decay_by_default(name, averaging):
+    opt = LQA(nn.Linear(2, 1).parameters(), direction=name, averaging=averaging)
+    assert opt.param_groups[0]["weight_decay"] == 0.01
 
 
 def test_weight_decay_shrinks_the_groups_that_ask_for_it():
@@ -190,6 +257,98 @@ class TestStepsOfAnotherOptimizer:
         train(task, opt, range(100))
         opt.eval()
         assert task.closure(0, 256)().item() < 0.7
+
+
+class Heavy(torch.optim.Optimizer):
+    """Momentum that holds the rate, as Keras has it: a step is not in proportion to its lr."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+        self.rates, self.fault = [], None
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            self.rates.append(float(group["lr"]))
+            for param in group["params"]:
+                held = self.state[param].setdefault("held", torch.zeros_like(param))
+                param.add_(held.mul_(0.9).sub_(param.grad, alpha=self.rates[-1]))
+                if self.fault is not None:
+                    self.fault(param)
+
+
+class TestMomentumThatHoldsTheRate:
+    FACTORS = (1.0, 0.5, 1e-3, 0.1, 1e3, 2.0, 1.0, 1e-6, 0.3, 1e4)
+
+    def build(self, task, factors, every=1, lr=0.01):
+        opt = LQA(Heavy(task.model.parameters(), lr), every=every, controller=Scripted(factors))
+        return task, opt
+
+    def heavy_ball(self, task, rates):
+        """Heavy-ball momentum of the gradients, in units of the largest rate so far."""
+        params = list(task.model.parameters())
+        moments, largest = [torch.zeros_like(param) for param in params], 0.0
+        for step, (before, rate) in enumerate(rates):
+            largest, old = max(largest, before), largest
+            gradients = torch.autograd.grad(task.closure(step)(), params)
+            for param, moment, gradient in zip(params, moments, gradients, strict=True):
+                moment.mul_(0.9 * old / largest).add_(gradient)
+                param.data.sub_(rate * moment)
+
+    @pytest.mark.parametrize("factors", [FACTORS, (*FACTORS, 50.0, 0.1, 30.0)], ids=["", "larger"])
+    def test_steps_in_one_unit_whatever_the_rate_does(self, factors):
+        task, opt = self.build(classification(dtype=torch.float64), factors)
+        plain, rates = classification(dtype=torch.float64), []
+        for step in range(len(factors)):
+            before = opt.rate
+            opt.step(task.closure(step))
+            rates.append((before, opt.rate))
+            assert opt.param_groups[0]["lr"] == opt.rate
+        self.heavy_ball(plain, rates)
+        torch.testing.assert_close(values(task.model), values(plain.model), rtol=1e-11, atol=1e-13)
+        assert stepping_rate(opt) == max(before for before, _ in rates)
+
+    def test_steps_between_measurements_are_in_that_unit(self):
+        task, opt = self.build(classification(dtype=torch.float64), (0.5, 0.1), every=3)
+        plain, rates = classification(dtype=torch.float64), []
+        for step in range(6):
+            before = opt.rate
+            opt.step(task.closure(step))
+            rates.append((before, opt.rate))
+        assert opt.report.counts[Reason.REUSED] == 4
+        self.heavy_ball(plain, rates)
+        torch.testing.assert_close(values(task.model), values(plain.model), rtol=1e-11, atol=1e-13)
+
+    @pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
+    def test_lr_is_restored_after_the_step_also_when_the_base_raises(self, lr):
+        task = classification()
+        base = Heavy(task.model.parameters(), lr)
+        opt = LQA(base, controller=Scripted((0.25, 1.0)))
+        opt.step(task.closure())
+        before = values(task.model)
+        base.fault = raising(ZeroDivisionError)
+        with pytest.raises(ZeroDivisionError):
+            opt.step(task.closure())
+        assert identical(values(task.model), before)
+        assert opt.param_groups[0]["lr"] == opt.rate == 0.125
+        base.fault = None
+        opt.step(task.closure())
+        assert base.rates == [0.5] * 3
+        assert (opt.param_groups[0]["lr"] is lr) == isinstance(lr, torch.Tensor)
+
+    def test_resumes_bit_for_bit(self):
+        """Also at a rate other than the largest."""
+        task, opt = self.build(classification(), self.FACTORS)
+        train(task, opt, range(4))
+        assert stepping_rate(opt) > opt.rate
+        resumed, other = self.build(classification(), self.FACTORS)
+        model, state = saved_and_loaded(task.model, opt)
+        resumed.model.load_state_dict(model)
+        other.load_state_dict(state)
+        for each, optimizer in ((task, opt), (resumed, other)):
+            train(each, optimizer, range(4, 10))
+        assert identical(values(task.model), values(resumed.model))
+        assert other.rate == opt.rate
 
 
 def test_sparse_gradients_through_an_optimizer_that_takes_them():
