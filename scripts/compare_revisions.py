@@ -56,9 +56,16 @@ def configurations() -> dict[str, Callable[[Any], Any]]:
     """What is trained, by the public interface that both revisions have."""
     from quadstep import LQA
 
+    def gradient(params: Any) -> LQA:
+        try:
+            return LQA(params, direction="gradient")
+        except ValueError:
+            # What older revisions call their gradient.
+            return LQA(params, direction="sgd")
+
     return {
         "LQA(params)": LQA,
-        'LQA(params, direction="sgd")': lambda params: LQA(params, direction="sgd"),
+        'LQA(params, direction="gradient")': gradient,
         "LQA(AdamW)": lambda params: LQA(optim.AdamW(params)),
         "LQA(SGD)": lambda params: LQA(optim.SGD(params, lr=0.01, momentum=0.9)),
         "LQA(AdamW), averaged": lambda params: LQA(

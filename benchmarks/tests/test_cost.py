@@ -47,7 +47,7 @@ def test_cost(tmp_path, console, monkeypatch):
     for name in names:
         auto = floors[name, "lqa-auto", "sgd"]
         assert auto > 1.0
-        for optimizer, probes in (("lqa", 11.0), ("lqa-paper", 20.0)):
+        for optimizer, probes in (("lqa", 1.0), ("lqa-sgd", 11.0), ("lqa-paper", 20.0)):
             assert floors[name, optimizer, "sgd"] - 1.0 == pytest.approx(probes * (auto - 1.0))
     (cheap,) = [claim for claim in CLAIMS if claim.id == "m1"]
     evidence = gather_evidence(results_in(tmp_path))
@@ -59,11 +59,15 @@ def test_memory(tmp_path, console):
     memory = json.loads(path.read_text())["memory"]
     assert {(row["model"], row["optimizer"], row["step"]) for row in memory} == {
         ("logistic", "adamw", "plain"),
-        ("logistic", "lqa-auto", "held"),
-        ("logistic", "lqa-auto", "measuring"),
+        *(
+            ("logistic", name, step)
+            for name in ("lqa-auto", "lqa")
+            for step in ("reusing", "measuring")
+        ),
     }
     for row in memory:
-        assert row["state"] == pytest.approx(2.0, abs=0.01)
+        # The running mean squares are two numbers for each tensor.
+        assert row["state"] == pytest.approx(1.0 if row["optimizer"] == "lqa" else 2.0, abs=0.01)
         assert 0.0 < row["transient"] < math.inf
     (plain,) = [row for row in memory if row["step"] == "plain"]
     assert plain["transient"] == pytest.approx(1.0, abs=0.01)
@@ -101,8 +105,8 @@ def test_an_unknown_model_is_refused_before_anything_is_measured(tmp_path, conso
 
 def test_an_optimizer_that_does_not_settle_down_is_refused(tmp_path, console, monkeypatch):
     monkeypatch.setattr(cost, "WARM_UP_BLOCKS", 2)
-    monkeypatch.setitem(cost.PROBES, "lqa", 0.2)
-    with pytest.raises(ValueError, match="lqa did not settle within 20 steps"):
+    monkeypatch.setitem(cost.PROBES, "lqa-paper", 0.2)
+    with pytest.raises(ValueError, match="lqa-paper did not settle within 20 steps"):
         cost.measure(results_in(tmp_path), console, names=["logistic"], rounds=1)
 
 

@@ -23,9 +23,12 @@ def test_memory(tmp_path, monkeypatch):
     measured = json.loads(path.read_text())
     rows = {row["setting"]: row for row in measured["peaks"]}
     assert [*rows] == [*memory.SETTINGS]
-    adamw, lqa, low, moved, both, *_ = rows.values()
+    adamw, lqa, low, moved, both, gradient, least, _ = rows.values()
     assert adamw["state"] == pytest.approx(lqa["state"], rel=1e-3)
     assert low["state"] == both["state"] == lqa["state"] / 2
+    assert gradient["state"] == pytest.approx(adamw["state"] / 2, rel=1e-3)
+    assert least["state"] == pytest.approx(adamw["state"] / 4, rel=1e-3)
+    assert lqa["peak"] > gradient["peak"] > least["peak"] > 1.0
     assert lqa["peak"] > max(low["peak"], moved["peak"]) > both["peak"] > 1.0
     assert {row["state_dtype"] for row in measured["losses"]} == {None, "bfloat16"}
     assert all(0.0 < row["loss"] < 0.5 for row in measured["losses"])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quadstep import LQA
+from quadstep.directions import Gradient
 from quadstep_bench.optimizers import CONSTANT_RATES, builders
 from quadstep_bench.optimizers.controllers import AuthorsController
 from quadstep_bench.tasks import models
@@ -33,7 +34,7 @@ def test_the_authors_rules(epoch: int, slope: float, curvature: float) -> None:
         return slope * value + 0.5 * curvature * value**2 + 0.3 * value**3
 
     controller = AuthorsController(epoch)
-    opt = LQA([theta], direction="sgd", averaging=None, controller=controller)
+    opt = LQA([theta], direction=Gradient(), averaging=None, controller=controller)
     opt.step(lambda: loss(theta))
     distance = max(0.05 * (1 - 0.01 * epoch), 0.01)
     start = torch.zeros((), dtype=torch.float64)
@@ -46,7 +47,7 @@ def test_the_authors_rules(epoch: int, slope: float, curvature: float) -> None:
 
 def test_the_authors_rules_leave_a_loss_that_is_not_finite() -> None:
     theta = torch.nn.Parameter(torch.ones(()))
-    opt = LQA([theta], direction="sgd", averaging=None, controller=AuthorsController())
+    opt = LQA([theta], direction=Gradient(), averaging=None, controller=AuthorsController())
     # The probe ahead leaves the domain of the logarithm.
     opt.step(lambda: (theta - 0.99).log())
     assert theta.item() == 1.0

@@ -19,6 +19,7 @@ import pytest
 import torch
 from synthetic import collection_in
 
+from quadstep import Reason
 from quadstep_bench.optimizers import builders, settings
 from quadstep_bench.paper import runs
 from quadstep_bench.runner import parallel
@@ -79,9 +80,7 @@ def test_a_run_records_every_epoch(tmp_path: Path) -> None:
 def test_lqa_records_its_rates_reasons_and_passes(tmp_path: Path, name: str) -> None:
     last = run(replace(CONFIG, optimizer=name), collection_in(tmp_path)).epochs[-1]
     assert sum(last.reasons.values()) == STEPS
-    assert set(last.reasons) <= {
-        *("minimum", "held", "grown", "shrunk", "concave", "ascent", "noise", "non_finite")
-    }
+    assert set(last.reasons) <= {*map(str, Reason)}
     assert last.rate is not None
     assert last.rate["min"] <= last.rate["median"] <= last.rate["max"]
     assert last.backwards == 3 * STEPS
@@ -388,12 +387,12 @@ def test_a_grid_that_has_all_its_records_starts_nothing(
     assert parallel.execute([CONFIG], collection_in(tmp_path)) == 0
 
 
-GRID = [Config("mlp-digits", name, seed=0, epochs=60, subset=200) for name in CONFIGURATIONS]
+GRID = [Config("mlp-digits", name, seed=0, epochs=30, subset=200) for name in CONFIGURATIONS]
 
 
 def wait_for_epochs(out: Path, epochs: int) -> None:
     for _ in range(6000):
-        seen = 60 * len(collection_in(out).read_all())
+        seen = 30 * len(collection_in(out).read_all())
         for path in (out / "runs").rglob("*.ckpt"):
             # A file may be gone between the moments when it is found and read.
             with suppress(FileNotFoundError):
@@ -417,7 +416,7 @@ def interruptible() -> Iterator[None]:
 def test_a_grid_goes_on_wherever_it_was_ended(tmp_path: Path) -> None:
     full = {config: rows(run(config, collection_in(tmp_path / "full"))) for config in GRID}
     out = tmp_path / "parts"
-    killed, interrupted = random.randrange(2, 50), random.randrange(60, 110)
+    killed, interrupted = random.randrange(2, 30), random.randrange(40, 80)
 
     process = multiprocessing.get_context("spawn").Process(
         target=parallel.execute, args=(GRID, collection_in(out)), kwargs={"workers": WORKERS}

@@ -93,25 +93,31 @@ PROBES = {
     "sgd": 0.0,
     "adamw": 0.0,
     "lqa-auto": 0.1,
-    "lqa": 1.1,
+    "lqa": 0.1,
     "lqa-paper": 2.0,
     "lqa-sgd": 1.1,
     "lqa-adamw": 1.1,
 }
 """Forward passes a step beyond the first.
 
-Of ten measurements one takes two probes, nine take one; `lqa-auto` measures in one step of ten,
-where the second probe, in one step of a hundred, is left out.
+Of ten measurements one takes two probes, nine take one; `lqa-auto` and `lqa` measure in one step of
+ten, where the second probe, in one step of a hundred, is left out.
 """
 
-PAIRS = (*BASES.items(), ("lqa-auto", "sgd"), ("lqa-sgd", "sgd"), ("lqa-adamw", "adamw"))
+PAIRS = (
+    *BASES.items(),
+    ("lqa", "adamw"),
+    ("lqa-auto", "sgd"),
+    ("lqa-sgd", "sgd"),
+    ("lqa-adamw", "adamw"),
+)
 """Optimizers, and the bases that their steps are compared with."""
 
 WARM_UP_BLOCKS = 100
 """How many blocks an optimizer is given to settle down."""
 
 MEMORY_STEPS = 40
-"""Enough for `lqa-auto` to hold the rate and to measure it again."""
+"""Enough to reuse a rate and to measure it again."""
 
 
 def measure(
@@ -163,7 +169,7 @@ def measure(
         rows += [{"model": name} | _cost(optimizer, base, seconds) for optimizer, base in PAIRS]
         memory += [
             {"model": name, "optimizer": optimizer} | row
-            for optimizer in ("adamw", "lqa-auto")
+            for optimizer in ("adamw", "lqa-auto", "lqa")
             for row in _memory(optimizer, model)
         ]
         # After each model, so that an interruption loses no more than one.
@@ -261,7 +267,7 @@ def _memory(name: str, model: nn.Module) -> list[Row]:
         with Storages() as storages:
             if isinstance(optimizer, LQA):
                 optimizer.step(closure, loss=loss)
-                step = "held" if optimizer.report.reason is Reason.REUSED else "measuring"
+                step = "reusing" if optimizer.report.reason is Reason.REUSED else "measuring"
             else:
                 optimizer.step()
                 step = "plain"

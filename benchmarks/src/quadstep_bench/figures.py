@@ -148,6 +148,7 @@ _ROLES: dict[str, Any] = {
     "peers": {"marker": "^", "color": "#56B4E9", "markersize": 6},
     "lqa": {"marker": "s", "color": "#0072B2", "markersize": 7},
     "lqa-adamw": {"marker": "s", "color": "#0072B2", "markersize": 7, "fillstyle": "none"},
+    "lqa-sgdm": {"marker": "s", "color": "#009E73", "markersize": 7, "fillstyle": "none"},
     "lqa-auto-decay": {"marker": "D", "color": "#D55E00", "markersize": 7, "fillstyle": "none"},
     "lqa-auto": {"marker": "D", "color": "#D55E00", "markersize": 9, "markeredgecolor": "black"},
 }

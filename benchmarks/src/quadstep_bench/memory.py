@@ -46,6 +46,10 @@ SETTINGS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     'LQA(params, state_dtype=torch.bfloat16, restore="subtract")': partial(
         LQA, state_dtype=LOW, restore="subtract"
     ),
+    'LQA(params, direction="gradient")': partial(LQA, direction="gradient"),
+    'LQA(params, direction="gradient", state_dtype=torch.bfloat16, restore="subtract")': partial(
+        LQA, direction="gradient", state_dtype=LOW, restore="subtract"
+    ),
     "LQA(AdamW(params))": lambda params: LQA(AdamW(params, foreach=True)),
 }
 

@@ -769,7 +769,8 @@ _READING = f"""
 - The best hand-tuned optimizer is chosen on each task by the very loss that it is compared by, for
   training and held-out loss separately, with the same seeds: the choice is in its favour.
 - *ratio*: the loss over that of the best hand-tuned optimizer; *lqa*: the same for `lqa`;
-  *lqa-adamw*: the same for `LQA(torch.optim.AdamW(params))`; *lqa-auto-decay*: the same for
+  *lqa-adamw*: the same for `LQA(torch.optim.AdamW(params))`; *lqa-sgdm*: the same for
+  `LQA(torch.optim.SGD(params, lr=0.01, momentum=0.9))`; *lqa-auto-decay*: the same for
   `LQA(params, weight_decay=0.1)`.
 - *steps*: after which share of its steps `{SUBJECT}` has come down to where the best hand-tuned run
   ends, between epochs on the logarithm of the loss. A task on which it is not reached makes goal b

@@ -68,7 +68,7 @@ PAPER_CONFIGURATIONS = (*CONFIGURATIONS, "lqa-authors")
 BASES = {"lqa-paper": "sgd", "lqa": "sgd", "lqa-auto": "adamw"}
 """The optimizer of torch that takes steps of the same kind, and that costs are compared with."""
 
-VARIANTS = ("lqa", "lqa-adamw", "lqa-auto-decay")
+VARIANTS = ("lqa", "lqa-adamw", "lqa-sgdm", "lqa-auto-decay")
 """What the suite shows beside `lqa-auto`; the last is that with ten times its weight decay."""
 
 CONSTANT_RATES = {f"lqa-constant-{rate}": rate for rate in (0.0001, 0.0003, 0.001, 0.003, 0.01)}

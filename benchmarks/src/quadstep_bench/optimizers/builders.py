@@ -50,6 +50,7 @@ BUILDERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     ),
     **{name: partial(_constant, rate) for name, rate in CONSTANT_RATES.items()},
     "lqa-adamw": lambda params: LQA(AdamW(params)),
+    "lqa-sgdm": lambda params: LQA(SGD(params, lr=0.01, momentum=0.9)),
     "lqa-auto": LQA,
     "lqa-auto-decay": partial(LQA, weight_decay=0.1),
 }

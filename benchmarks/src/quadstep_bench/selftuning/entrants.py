@@ -83,6 +83,9 @@ ENTRANTS: dict[str, Setting] = {
     ),
     "lqa": Setting('`LQA(params, direction="gradient")`', _torch(builders.BUILDERS["lqa"])),
     "lqa-adamw": Setting("`LQA(AdamW(params))`", _torch(builders.BUILDERS["lqa-adamw"])),
+    "lqa-sgdm": Setting(
+        "`LQA(SGD(params, lr=0.01, momentum=0.9))`", _torch(builders.BUILDERS["lqa-sgdm"])
+    ),
     "adamw": Setting(
         "AdamW at 0.003, the best on the suite by final held-out loss", _torch(AdamW, lr=0.003)
     ),

@@ -24,6 +24,7 @@ _STYLES: dict[str, Any] = {
     "lqa-auto": {"color": "#D55E00", "linestyle": "solid", "linewidth": 2.6},
     "lqa-auto-decay": {"color": "#D55E00", "linestyle": (0, (4, 1.5)), "linewidth": 2.0},
     "lqa-adamw": {"color": "#0072B2", "linestyle": "solid", "linewidth": 1.8},
+    "lqa-sgdm": {"color": "#0072B2", "linestyle": (0, (1, 1.5)), "linewidth": 1.8},
     "lqa": {"color": "#0072B2", "linestyle": (0, (4, 1.5)), "linewidth": 1.8},
     "adamw": {"color": "#000000", "linestyle": "dashed", "linewidth": 1.6},
     "adamw-cosine": {"color": "#000000", "linestyle": "solid", "linewidth": 1.6},
