@@ -15,6 +15,7 @@ from quadstep.statistics import Ema, LossStatistics, NoiseEstimate, SlopeCheck
 
 SMALLEST_RATE, LARGEST_RATE = 1e-30, 1e30
 OVERFLOW = 3.4e38  # beyond this a rate is not finite in single precision
+START = 0.1  # part of a second difference that resolves the curvature, for the first rate
 WIDENING = 10.0  # factor of the probe distance where rounding hides the curvature
 SETTLED = 1.1  # growth up to which the rate is reused before the next measurement
 
@@ -152,8 +153,7 @@ class TrustRegionConfig:
     Lengths of time are in measurements.
     """
 
-    memory: float = 33.0  # of the averaged quadratic, and of the level from which a decrease counts
-    loss_memory: float = 10.0  # of the statistics of the losses
+    memory: float = 30.0  # of the averaged quadratic and of the statistics of the losses
     start: float = 100.0  # the first rate is the first minimizer over this
     growth: float = 2.0  # n measurements after a contraction the rate grows by 1 + growth / n
     contraction: float = 0.1  # smallest factor of the rate at a measurement
@@ -169,7 +169,7 @@ class TrustRegionConfig:
     def __post_init__(self) -> None:
         for names, low, high in (
             ("contraction rejection converged", 0.0, 1.0),
-            ("memory loss_memory start expansion restart", 1.0, math.inf),
+            ("memory start expansion restart", 1.0, math.inf),
             ("growth significance window failure polyak", 0.0, math.inf),
         ):
             for name in names.split():
@@ -224,7 +224,9 @@ class TrustRegionController:
             # So far out a quadratic does not fit: its minimizer gives the order of magnitude.
             hint = fit.minimizer if fit.has_minimum_ahead else 0.0
             return self._contract(state, rate, samples, hint, Reason.REJECTED)
-        if samples.curvature_unresolved:
+        # The first rate rests on one curvature alone.
+        is_rough = not state.radius and abs(samples.second_difference) < START * samples.signal
+        if samples.curvature_unresolved or is_rough:
             if not state.fits and samples.slope_unresolved and not samples.contradicts_gradient:
                 rate = max(rate, _clamp(samples.distance))
             distance = _clamp(WIDENING * samples.distance)
@@ -242,12 +244,12 @@ class TrustRegionController:
         config, loss, resolved = self.config, samples.loss_center, not samples.curvature_unresolved
         linear, curved = (rate * fit.slope, rate**2 * fit.curvature) if resolved else (0.0, 0.0)
         reduction = max(0.0, linear - curved) if math.isfinite(linear - curved) else 0.0
-        losses, noise = state.losses.update(loss, config.loss_memory), state.noise
+        losses, noise = state.losses.update(loss, config.memory), state.noise
         if samples.is_finite:
             noise = noise.update((*samples.recent_losses, loss), reduction, abs(linear))
         now, level = state.measurements + 1, losses.mean.mean
         reference = max(state.reference, level)
-        if now > config.loss_memory:
+        if now > config.memory:
             # An outlier fades.
             reference = state.reference + (reference - state.reference) / config.memory
         state = replace(
@@ -256,7 +258,7 @@ class TrustRegionController:
             losses=losses,
             noise=noise,
             reference=reference,
-            reduction=state.reduction.update(reduction, config.loss_memory),
+            reduction=state.reduction.update(reduction, config.memory),
             total_reduction=state.total_reduction + reduction,
             radius=max(state.radius, rate) if state.radius else 0.0,
         )
@@ -266,7 +268,7 @@ class TrustRegionController:
             return replace(
                 state, reference=level, total_reduction=0.0, success=now, adapted=now, radius=radius
             )
-        is_visible = now - state.adapted > 2.0 * config.loss_memory
+        is_visible = now - state.adapted > 2.0 * config.memory
         is_lower = state.success and level <= reference
         if is_visible and not is_lower and state.total_reduction > config.failure * losses.spread:
             radius = rate / config.expansion if state.radius else 0.0
@@ -284,6 +286,7 @@ class TrustRegionController:
             return state, Decision(reach, reach, Reason.CONCAVE)
         first = _clamp(fit.minimizer / self.config.start)
         state = replace(state, radius=first, contraction=state.measurements, accepted=first)
+        state = replace(state, quadratic=fit, fits=1)
         # The step stays within reach of the probe.
         return state, Decision(first, min(first, reach), Reason.MINIMUM)
 
@@ -299,19 +302,18 @@ class TrustRegionController:
         """Takes the smallest of the terms, which gives the reason."""
         config, quadratic, losses = self.config, state.quadratic, state.losses
         if quadratic.slope <= 0.0:
-            # Once in a row: no rate descends then, and the next growth makes up for one contraction.
+            # Once in a row: no rate descends then, and growth makes up for one contraction.
             factor = 1.0 if state.rejections else 1.0 / (1.0 + config.growth)
             return self._reject(state, Decision(factor * rate, 0.0, Reason.ASCENT))
         growth = 1.0 + config.growth / max(1, state.measurements - state.contraction)
-        invisible = rate * divide(losses.spread, config.window * state.reduction.mean)
-        # Without any predicted reduction there is no noise to hide it either.
-        invisible = 0.0 if math.isnan(invisible) else invisible
+        per_reduction = divide(rate, state.reduction.mean) if state.reduction.mean else math.inf
+        invisible = per_reduction * losses.spread / config.window if losses.spread else 0.0
         # After a success the loss shows what to expect: what is invisible no more than holds.
         radius = max(state.radius, min(rate, invisible) if state.success else invisible)
         convex = quadratic.curvature > 0.0
         terms = {
             Reason.MINIMUM: quadratic.minimizer if convex else math.inf,
-            Reason.POLYAK: config.polyak * losses.gap / quadratic.slope,
+            Reason.POLYAK: config.polyak * losses.gap / quadratic.slope if losses.gap else math.inf,
             Reason.RADIUS if convex else Reason.CONCAVE: min(radius, rate * growth),
         }
         reason = min(terms, key=terms.__getitem__)

@@ -65,12 +65,13 @@ class Normalized(Direction):
     With g the gradient, s its root mean square, w the parameters and n the inputs of an output (all
     dimensions but the first), in each row of a weight::
 
-        q = g / (s + eps) + weight_decay * w
-        d = q - (1 - n ** -0.5) * sum(s * q) / sum(s)    where s > 0
+        h = g + weight_decay * s * w
+        d = (h - (1 - n ** -0.5) * s * sum(h) / sum(s + eps)) / (s + eps)
 
-    The second line is gradient centralization (Yong et al. 2020) with a mean that is weighted by s,
-    as the metric of the direction demands: so `<g, d> >= 0` whatever g and s are, weight decay
-    apart, and an entry whose gradient has always been zero does not move. A part of the mean is
+    The second line is gradient centralization (Yong et al. 2020) of h / s with a mean that is
+    weighted by s: so `<g, d> >= 0` whatever g and s are, weight decay apart, and an entry whose
+    gradient has always been zero does not move. Parameters of one dimension, as biases and scales,
+    are neither centralized nor decayed. A part of the mean is
     left, so that what has a mean can be learned; where inputs share a sign, as pixels and outputs
     of a ReLU do, the full mean would bound the rate. Update clipping then keeps the root mean
     square of all directions together at most 1, as Adafactor does with d = 1.
@@ -110,26 +111,20 @@ class Normalized(Direction):
         raise NotImplementedError
 
     def _normalize(self, block: ParamBlock, roots: list[Tensor]) -> None:
-        # In half precision the squares of small gradients are zero.
-        floors = [max(self.eps, _smallest_subnormal(root.dtype) ** 0.5) for root in roots]
-        decay = block.weight_decay
-        for owner, param, gradient, root, floor in zip(
-            block.owners, block.params, block.direction, roots, floors, strict=True
-        ):
+        for i, (owner, param) in enumerate(zip(block.owners, block.params, strict=True)):
+            gradient, root = block.direction[i], roots[i]
+            # In half precision the squares of small gradients are zero.
+            floor = max(self.eps, _smallest_subnormal(root.dtype) ** 0.5)
+            if block.weight_decay:
+                gradient = torch.addcmul(gradient, root, param, value=block.weight_decay)
             inputs = math.prod(owner.shape[1:])
             if inputs > 1:
                 dims = tuple(range(1, owner.dim()))
-                mean = gradient.mean(dims, keepdim=True)
-                if decay:
-                    mean = mean + (root * param).mean(dims, keepdim=True) * decay
-                mean = mean / (root.mean(dims, keepdim=True) + floor)
-                part = 1.0 - inputs**-0.5
-                gradient = torch.addcmul(gradient, mean, root, value=-part)
-            # In place of the root: a second copy of all parameters would be the peak of a step.
-            root.add_(floor).reciprocal_().mul_(gradient)
+                mean = gradient.mean(dims, keepdim=True) / (root.mean(dims, keepdim=True) + floor)
+                gradient = torch.addcmul(gradient, mean, root, value=inputs**-0.5 - 1.0)
+            # One after the other: two copies of all parameters would be the peak of a step.
+            roots[i] = gradient / root.add_(floor)
         block.direction = roots
-        if decay:
-            torch._foreach_add_(block.direction, block.params, alpha=decay)
 
 
 class RMSNormalized(Normalized):

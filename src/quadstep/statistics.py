@@ -33,8 +33,7 @@ class Ema:
 class LossStatistics:
     """The level and the spread of the losses.
 
-    A constant added to all losses does not change their spread, and what follows from their gap to
-    zero is dropped once a loss was below it.
+    A constant added to all losses changes the level alone.
     """
 
     mean: Ema = field(default=Ema())
@@ -49,8 +48,8 @@ class LossStatistics:
 
     @property
     def gap(self) -> float:
-        """How far the losses are above zero, if zero bounds them so far; else infinite."""
-        return math.inf if self.lowest < 0.0 else max(self.mean.mean, self.spread)
+        """How far the level is above the lowest loss there can be: zero, or one that was lower."""
+        return max(self.mean.mean - min(self.lowest, 0.0), self.spread)
 
     def update(self, loss: float, memory: float) -> LossStatistics:
         """Adds a loss; starts over where the numbers overflow."""
