@@ -223,7 +223,8 @@ class TrustRegionController:
         if rise > max(config.failure * spread, fit.slope * samples.distance, samples.signal):
             # So far out a quadratic does not fit: its minimizer gives the order of magnitude.
             hint = fit.minimizer if fit.has_minimum_ahead else 0.0
-            return self._contract(state, rate, samples, hint, Reason.REJECTED)
+            why = Reason.REJECTED if fit.slope > 0.0 else Reason.ASCENT
+            return self._contract(state, rate, samples, hint, why)
         if samples.curvature_unresolved:
             if not state.fits and samples.slope_unresolved and not samples.contradicts_gradient:
                 rate = max(rate, _clamp(samples.distance))

@@ -258,10 +258,8 @@ class TestStart:
         assert run.rate == pytest.approx(1e-3 * (1.0 + CONFIG.growth) ** 5)
 
     def test_rising_lines_move_nothing(self):
-        run = Run(1.0).add(*along(Quadratic(-1.0, 1.0), [1.0, 1.5, 1.0])[:2])
-        assert set(run.reasons) == {Reason.REJECTED}
-        run.add(*along(Quadratic(-1.0, 1.0), [1.0] * 5))
-        assert set(run.reasons[2:]) == {Reason.ASCENT}
+        run = Run(1.0).add(*along(Quadratic(-1.0, 1.0), [1.0, 1.5] * 3))
+        assert set(run.reasons) == {Reason.ASCENT}
         assert not any(decision.step for decision in run.decisions)
         assert run.rates == sorted(run.rates, reverse=True)
         run.add(*along(Quadratic(1.0, 1.0), [1.0] * 40))
@@ -341,14 +339,14 @@ class TestAnyLine:
     def test_equals_the_plain_rule_step_by_step(self, seed, rate):
         """With constants that make all of it happen."""
         config = replace(CONFIG, memory=15.0, loss_memory=5.0, restart=4)
-        lines = noisy(seed, 120)
-
-        def losses(number, distance):
-            samples = lines[number - 1](distance)
-            return samples.loss_ahead, samples.loss_center, samples.loss_behind
-
+        lines, expected = noisy(seed, 120), []
+        rule = trust_region(rate, asdict(config))
+        plain, _ = next(rule)
+        for line in lines:
+            samples = line(plain)
+            plain, _ = rule.send([samples.loss_ahead, samples.loss_center, samples.loss_behind])
+            expected.append(plain)
         run = Run(rate, TrustRegionController(config)).add(*lines)
-        expected = trust_region(losses, rate, len(lines), asdict(config))
         assert run.rates == pytest.approx(expected, rel=1e-6)
 
     @given(seeds, st.integers(-40, 40))

@@ -336,6 +336,14 @@ class TestMomentumThatHoldsTheRate:
         assert base.rates == [0.5] * 3
         assert (opt.param_groups[0]["lr"] is lr) == isinstance(lr, torch.Tensor)
 
+    @pytest.mark.parametrize("lr", [0.01, 1.0, 100.0])
+    def test_learns_from_any_first_rate(self, lr):
+        task = classification()
+        opt = LQA(Heavy(task.model.parameters(), lr))
+        train(task, opt, range(300))
+        assert full_loss(task) < 0.5
+        assert 1e-3 < opt.rate < 10.0
+
     def test_resumes_bit_for_bit(self):
         """Also at a rate other than the largest."""
         task, opt = self.build(classification(), self.FACTORS)
