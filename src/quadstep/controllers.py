@@ -280,6 +280,9 @@ class TrustRegionController:
         """Estimates the first rate from the first minimizer, whatever the first probe distance."""
         if fit.slope <= 0.0:
             return self._contract(state, rate, samples, 0.0, Reason.ASCENT)
+        if state.minimum_distance > 2.0 * samples.distance:
+            # The first estimate decides on many steps: it is not to be one of rounding errors.
+            return state, Decision(rate, rate, Reason.UNRESOLVED)
         reach = _clamp(rate * (1.0 + self.config.growth))
         if fit.curvature <= 0.0:
             return state, Decision(reach, reach, Reason.CONCAVE)

@@ -277,7 +277,7 @@ def test_a_constant_added_to_the_loss_changes_little(name):
         opt.eval()
         ends.append(full_loss(task))
     assert ends[0] < 0.45
-    assert max(ends) < 1.3 * min(ends)
+    assert max(ends) < 1.1 * min(ends)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_policy_gradients_with_a_baseline(build):
         )
         baseline += 0.1 * (rewards.mean().item() - baseline)
         rates.append(opt.rate)
-    # AdamW at 3e-3, 1e-2 and 3e-2 chooses the best action for 0.96, 0.98 and 0.98 of the states.
+    # AdamW at 3e-3, 1e-2 and 3e-2 chooses the best action for 0.92, 0.95 and 0.96 of the states.
     assert (policy(states).argmax(1) == best).float().mean() > 0.9
     assert max(rates[100:]) < 100.0 * min(rates[100:])
 
