@@ -181,7 +181,7 @@ def trust_region(
             slope, curvature = smoothed(slopes, c.memory), smoothed(curvatures, c.memory)
             hidden = rate * spread / (c.window * reduction) if reduction else math.inf
             hidden = 0.0 if reduction == spread == 0.0 else hidden
-            far = max(radius, min(rate, hidden) if succeeded else hidden)
+            far = max(radius, hidden)
             vertex = slope / (2.0 * curvature) if curvature > 0.0 else math.inf
             growth = 1.0 + c.growth / max(1, n - contracted)
             if slope > 0.0:

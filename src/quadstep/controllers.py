@@ -310,8 +310,7 @@ class TrustRegionController:
         invisible = rate * divide(losses.spread, config.window * state.reduction.mean)
         # Without any predicted reduction there is no noise to hide it either.
         invisible = 0.0 if math.isnan(invisible) else invisible
-        # After a success the loss shows what to expect: what is invisible no more than holds.
-        radius = max(state.radius, min(rate, invisible) if state.success else invisible)
+        radius = max(state.radius, invisible)
         convex = quadratic.curvature > 0.0
         terms = {
             Reason.MINIMUM: quadratic.minimizer if convex else math.inf,

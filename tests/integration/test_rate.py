@@ -277,7 +277,7 @@ def test_a_constant_added_to_the_loss_changes_little(name):
         opt.eval()
         ends.append(full_loss(task))
     assert ends[0] < 0.45
-    assert max(ends) < 1.1 * min(ends)
+    assert max(ends) < 1.5 * min(ends)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,8 @@ def started(**changed):
     """A state after the start of the search, which limits nothing."""
     statistics = LossStatistics(Ema(1e9, 50), Ema(1.0, 50), lowest=1.0, peak_gap=1e9)
     known = {"radius": 1e6, "measurements": 50, "contraction": 50, "success": 50, "adapted": 50}
-    return replace(TrustRegionState(losses=statistics), **known | changed)
+    state = TrustRegionState(losses=statistics, reduction=Ema(1e9, 50))
+    return replace(state, **known | changed)
 
 
 def with_checks(checks=SlopeCheck.INITIAL_CHECKS):
