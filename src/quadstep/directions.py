@@ -112,6 +112,8 @@ class Normalized(Direction):
     def _normalize(self, block: ParamBlock, roots: list[Tensor]) -> None:
         # In half precision the squares of small gradients are zero.
         floors = [max(self.eps, _smallest_subnormal(root.dtype) ** 0.5) for root in roots]
+        # Squares overflow before gradients do, and an infinite root makes a row not a number.
+        torch._foreach_clamp_max_(roots, [torch.finfo(root.dtype).max ** 0.5 for root in roots])
         direction, decay = list(block.direction), block.weight_decay
         for i, (owner, param) in enumerate(zip(block.owners, block.params, strict=True)):
             inputs = math.prod(owner.shape[1:])
@@ -195,6 +197,7 @@ class TensorNormalized(Normalized):
             states, block.direction, norms, weights, strict=True
         ):
             square = norm.to(torch.float32).square() / max(1, gradient.numel())
+            square = square.clamp(max=torch.finfo(torch.float32).max)
             root = entry["square_avg"].lerp_(square, weight).sqrt()
             found.append((gradient != 0).to(gradient.dtype).mul_(root))
         return found
