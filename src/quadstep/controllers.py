@@ -303,7 +303,7 @@ class TrustRegionController:
         """Takes the smallest of the terms, which gives the reason."""
         config, quadratic, losses = self.config, state.quadratic, state.losses
         if quadratic.slope <= 0.0:
-            # Once in a row: no rate descends then, and the next growth makes up for one contraction.
+            # Once in a row: no rate descends then, and growth makes up for one contraction.
             factor = 1.0 if state.rejections else 1.0 / (1.0 + config.growth)
             return self._reject(state, Decision(factor * rate, 0.0, Reason.ASCENT))
         growth = 1.0 + config.growth / max(1, state.measurements - state.contraction)
