@@ -30,7 +30,7 @@ class Reason(StrEnum):
     INITIAL = "initial"  # no step was taken yet: the first rate, or that of a loaded state
     MINIMUM = "minimum"  # the minimizer of the quadratic
     RADIUS = "radius"  # the trust region ends before the minimizer
-    POLYAK = "polyak"  # a larger rate would promise a loss below zero
+    POLYAK = "polyak"  # a larger rate would predict a loss below zero
     REUSED = "reused"  # not measured, not being due or all gradients being zero
     REJECTED = "rejected"  # the loss rises far: a contraction
     CONCAVE = "concave"  # no minimum (b <= 0): the rate is at the radius

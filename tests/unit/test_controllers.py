@@ -205,7 +205,7 @@ class TestOneMeasurement:
         assert decision.rate == pytest.approx(line.minimizer, rel=1e-6)
 
     @given(st.floats(0.01, 100.0), st.floats(1e-6, 1.0), st.floats(1e-9, 1e-3))
-    def test_no_rate_promises_a_loss_below_zero(self, slope, loss, bend):
+    def test_no_rate_predicts_a_loss_below_zero(self, slope, loss, bend):
         """But for a factor that a parabola needs."""
         known = LossStatistics(Ema(loss, 50), Ema(0.0, 50), loss, loss)
         rate, line = CONFIG.polyak * loss / slope / 1.5, Quadratic(slope, bend * slope**2 / loss)
