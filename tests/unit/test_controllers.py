@@ -67,14 +67,15 @@ def along(quadratic, losses, resolution=2.0**-52):
 def noisy(seed, count, shift=0.0, scale=1.0):
     """Lines of which slope, curvature and loss vary, around losses that fall, rise or stay."""
     generator = random.Random(seed)
-    trend, noise, curvature = (
+    trend, noise, mean_curvature = (
         generator.choice(values) for values in ([0.95, 1.0, 1.01], [0.01, 0.2], [0.03, 1.0])
     )
 
     def line(number):
         level = trend**number * (1.0 + noise * generator.gauss(0.0, 1.0))
-        slope, bend = generator.gauss(1.0, 0.9), curvature * generator.gauss(1.0, 0.9)
-        quadratic = Quadratic(scale * 0.3 * slope, scale * bend)
+        slope = generator.gauss(1.0, 0.9)
+        curvature = mean_curvature * generator.gauss(1.0, 0.9)
+        quadratic = Quadratic(scale * 0.3 * slope, scale * curvature)
         return along(quadratic, [scale * level + shift], EXACT)[0]
 
     return [line(number) for number in range(count)]
@@ -194,9 +195,11 @@ class TestOneMeasurement:
         assert (decision.reason, decision.settled) == (Reason.RADIUS, settled)
 
     @given(st.floats(0.01, 100.0), st.floats(0.01, 100.0), st.floats(1.01, 100.0))
-    def test_the_vertex_of_a_line_that_stays_above_zero_passes_polyaks_cap(self, slope, bend, more):
-        line = Quadratic(slope, bend)
-        loss = more * slope**2 / (4.0 * bend)
+    def test_the_vertex_of_a_line_that_stays_above_zero_passes_polyaks_cap(
+        self, slope, curvature, more
+    ):
+        line = Quadratic(slope, curvature)
+        loss = more * slope**2 / (4.0 * curvature)
         state = started(losses=LossStatistics(Ema(loss, 50), Ema(0.0, 50), loss, loss))
         _, decision = CONTROLLER.update(
             state, line.minimizer, sample_line(line, line.minimizer, loss)
@@ -205,10 +208,13 @@ class TestOneMeasurement:
         assert decision.rate == pytest.approx(line.minimizer, rel=1e-6)
 
     @given(st.floats(0.01, 100.0), st.floats(1e-6, 1.0), st.floats(1e-9, 1e-3))
-    def test_no_rate_predicts_a_loss_below_zero(self, slope, loss, bend):
+    def test_no_rate_predicts_a_loss_below_zero(self, slope, loss, curvature):
         """But for a factor that a parabola needs."""
         known = LossStatistics(Ema(loss, 50), Ema(0.0, 50), loss, loss)
-        rate, line = CONFIG.polyak * loss / slope / 1.5, Quadratic(slope, bend * slope**2 / loss)
+        rate, line = (
+            CONFIG.polyak * loss / slope / 1.5,
+            Quadratic(slope, curvature * slope**2 / loss),
+        )
         samples = sample_line(line, rate, loss, EXACT)
         _, decision = CONTROLLER.update(started(losses=known), rate, samples)
         assert decision.reason is Reason.POLYAK
