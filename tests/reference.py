@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from types import SimpleNamespace
 
 import torch
@@ -100,24 +101,44 @@ def centred(grad: Tensor, root: Tensor, eps: float, decayed: Tensor) -> Tensor:
     )
 
 
-def trust_region(
-    line: Callable[[int, float], tuple[float, float, float]],
-    rate: float,
+def lqa(
+    loss: Callable[[Tensor, int], Tensor],
+    theta: Tensor,
+    delta0: float,
     steps: int,
     constants: dict[str, float],
-) -> list[float]:
+    by_tensor: bool,
+    weight_decay: float,
+) -> tuple[Tensor, list[float]]:
+    """Steps of one parameter along its normalised gradient; returns it and the rates."""
+    rule, grads, rates = trust_region(delta0, constants), [], []
+    rate, _ = next(rule)
+    for k in range(steps):
+        point = theta.clone().requires_grad_()
+        grads += torch.autograd.grad(loss(point, k), point)
+        d = normalised(grads, decayed=weight_decay * theta, by_tensor=by_tensor)
+        losses = [loss(theta - at * d, k).item() for at in (rate, 0.0, -rate)]
+        rate, step = rule.send(losses)
+        theta = theta - step * d
+        rates.append(rate)
+    return theta, rates
+
+
+def trust_region(
+    rate: float, constants: dict[str, float]
+) -> Generator[tuple[float, float], list[float]]:
     """The rates of the trust region on lines whose losses are finite and well resolved.
 
-    `line` gives the losses ahead of, at and behind the parameters, for the number of a measurement
-    and a distance. Averages are computed anew from all that has been measured.
+    It yields the rate, at which to probe next, and that of the step, and takes the losses ahead
+    of, at and behind the parameters. Averages are computed anew from all that has been measured.
     """
     c = SimpleNamespace(**constants)
-    losses, deviations, reductions, slopes, curvatures, rates = [], [], [], [], [], [rate]
+    losses, deviations, reductions, slopes, curvatures = [], [], [], [], []
     radius, total, reference, peak, accepted = None, 0.0, 0.0, 0.0, 0.0
     adapted = contracted = rejected = 0
-    succeeded = False
-    for n in range(1, steps + 1):
-        ahead, center, behind = line(n, rate)
+    succeeded, step, reach = False, 0.0, math.inf
+    for n in itertools.count(1):
+        ahead, center, behind = yield rate, step
         slope = (behind - ahead) / (2.0 * rate)
         curvature = (ahead + behind - 2.0 * center) / (2.0 * rate**2)
         spread_before = smoothed(deviations, c.loss_memory)
@@ -151,6 +172,7 @@ def trust_region(
         elif radius is None and curvature <= 0.0:
             rate, is_accepted = (1.0 + c.growth) * rate, None
         elif radius is None:
+            reach = (1.0 + c.growth) * rate
             radius = rate = accepted = slope / (2.0 * curvature) / c.start
             contracted, is_accepted = n, None
         else:
@@ -159,7 +181,7 @@ def trust_region(
             slope, curvature = smoothed(slopes, c.memory), smoothed(curvatures, c.memory)
             hidden = rate * spread / (c.window * reduction) if reduction else math.inf
             hidden = 0.0 if reduction == spread == 0.0 else hidden
-            far = max(radius, min(rate, hidden) if succeeded else hidden)
+            far = max(radius, hidden)
             vertex = slope / (2.0 * curvature) if curvature > 0.0 else math.inf
             growth = 1.0 + c.growth / max(1, n - contracted)
             if slope > 0.0:
@@ -175,8 +197,8 @@ def trust_region(
             contracted, rejected = n, rejected + 1
             if rejected >= c.restart:
                 rate, rejected, slopes, curvatures = max(rate, accepted), 0, [], []
-        rates.append(rate)
-    return rates[1:]
+        step = 0.0 if is_accepted is False else rate
+        step, reach = min(step, reach), math.inf
 
 
 def smoothed(values: list[float], memory: float) -> float:

@@ -15,7 +15,6 @@ from quadstep.statistics import Ema, LossStatistics, NoiseEstimate, SlopeCheck
 
 SMALLEST_RATE, LARGEST_RATE = 1e-30, 1e30
 OVERFLOW = 3.4e38  # beyond this a rate is not finite in single precision
-START = 0.1  # part of a second difference that resolves the curvature, for the first rate
 WIDENING = 10.0  # factor of the probe distance where rounding hides the curvature
 SETTLED = 1.1  # growth up to which the rate is reused before the next measurement
 
@@ -31,7 +30,7 @@ class Reason(StrEnum):
     INITIAL = "initial"  # no step was taken yet: the first rate, or that of a loaded state
     MINIMUM = "minimum"  # the minimizer of the quadratic
     RADIUS = "radius"  # the trust region ends before the minimizer
-    POLYAK = "polyak"  # a larger rate would promise a loss below zero
+    POLYAK = "polyak"  # a larger rate would predict a loss below zero
     REUSED = "reused"  # not measured, not being due or all gradients being zero
     REJECTED = "rejected"  # the loss rises far: a contraction
     CONCAVE = "concave"  # no minimum (b <= 0): the rate is at the radius
@@ -74,7 +73,7 @@ class TrustRegionState:
     measurements: int = 0  # number of losses
     contraction: int = 0  # `measurements` at the last contraction
     adapted: int = 0  # `measurements` at the last expansion or contraction of the radius
-    success: int = 0  # `measurements` at the last sufficient decrease; zero before
+    has_decreased: bool = False  # whether there was a sufficient decrease
     losses: LossStatistics = field(default=LossStatistics())
     reference: float = -math.inf  # the level of the losses from which a decrease counts
     reduction: Ema = field(default=Ema())  # predicted, of one step
@@ -223,10 +222,9 @@ class TrustRegionController:
         if rise > max(config.failure * spread, fit.slope * samples.distance, samples.signal):
             # So far out a quadratic does not fit: its minimizer gives the order of magnitude.
             hint = fit.minimizer if fit.has_minimum_ahead else 0.0
-            return self._contract(state, rate, samples, hint, Reason.REJECTED)
-        # The first rate rests on one curvature alone.
-        is_rough = not state.radius and abs(samples.second_difference) < START * samples.signal
-        if samples.curvature_unresolved or is_rough:
+            why = Reason.REJECTED if fit.slope > 0.0 else Reason.ASCENT
+            return self._contract(state, rate, samples, hint, why)
+        if samples.curvature_unresolved:
             if not state.fits and samples.slope_unresolved and not samples.contradicts_gradient:
                 rate = max(rate, _clamp(samples.distance))
             distance = _clamp(WIDENING * samples.distance)
@@ -252,28 +250,32 @@ class TrustRegionController:
         if now > config.memory:
             # An outlier fades.
             reference = state.reference + (reference - state.reference) / config.memory
-        state = replace(
+        total, adapted, radius = state.total_reduction + reduction, state.adapted, state.radius
+        has_decreased = level < reference - config.significance * losses.spread
+        is_lower = state.has_decreased and level <= reference
+        is_visible = now - adapted > 2.0 * config.memory and total > config.failure * losses.spread
+        expanded = rate if losses.gap < config.converged * losses.peak else config.expansion * rate
+        if has_decreased:
+            reference, total, adapted, radius = level, 0.0, now, max(radius, expanded)
+        elif is_visible and not is_lower:
+            total, adapted, radius = 0.0, now, rate / config.expansion
+        elif now - adapted > config.window and total < losses.spread:
+            # Too little was predicted for the losses to show it.
+            total, adapted, radius = 0.0, now, max(radius, expanded)
+        else:
+            radius = max(radius, rate)
+        return replace(
             state,
             measurements=now,
+            adapted=adapted,
+            has_decreased=state.has_decreased or has_decreased,
             losses=losses,
             noise=noise,
             reference=reference,
             reduction=state.reduction.update(reduction, config.memory),
-            total_reduction=state.total_reduction + reduction,
-            radius=max(state.radius, rate) if state.radius else 0.0,
+            total_reduction=total,
+            radius=radius if state.radius else 0.0,
         )
-        if level < reference - config.significance * losses.spread:
-            expansion = 1.0 if losses.gap < config.converged * losses.peak_gap else config.expansion
-            radius = expansion * rate if state.radius else 0.0
-            return replace(
-                state, reference=level, total_reduction=0.0, success=now, adapted=now, radius=radius
-            )
-        is_visible = now - state.adapted > 2.0 * config.memory
-        is_lower = state.success and level <= reference
-        if is_visible and not is_lower and state.total_reduction > config.failure * losses.spread:
-            radius = rate / config.expansion if state.radius else 0.0
-            return replace(state, total_reduction=0.0, adapted=now, radius=radius)
-        return state
 
     def _start(
         self, state: TrustRegionState, rate: float, samples: LineSamples, fit: Quadratic
@@ -281,6 +283,9 @@ class TrustRegionController:
         """Estimates the first rate from the first minimizer, whatever the first probe distance."""
         if fit.slope <= 0.0:
             return self._contract(state, rate, samples, 0.0, Reason.ASCENT)
+        if state.minimum_distance > 2.0 * samples.distance:
+            # The first estimate decides on many steps: it is not to be one of rounding errors.
+            return state, Decision(rate, rate, Reason.UNRESOLVED)
         reach = _clamp(rate * (1.0 + self.config.growth))
         if fit.curvature <= 0.0:
             return state, Decision(reach, reach, Reason.CONCAVE)
@@ -306,10 +311,11 @@ class TrustRegionController:
             factor = 1.0 if state.rejections else 1.0 / (1.0 + config.growth)
             return self._reject(state, Decision(factor * rate, 0.0, Reason.ASCENT))
         growth = 1.0 + config.growth / max(1, state.measurements - state.contraction)
-        per_reduction = divide(rate, state.reduction.mean) if state.reduction.mean else math.inf
-        invisible = per_reduction * losses.spread / config.window if losses.spread else 0.0
+        invisible = rate * divide(losses.spread, config.window * state.reduction.mean)
+        # Without any predicted reduction there is no noise to hide it either.
+        invisible = 0.0 if math.isnan(invisible) else invisible
         # After a success the loss shows what to expect: what is invisible no more than holds.
-        radius = max(state.radius, min(rate, invisible) if state.success else invisible)
+        radius = max(state.radius, min(rate, invisible) if state.has_decreased else invisible)
         convex = quadratic.curvature > 0.0
         terms = {
             Reason.MINIMUM: quadratic.minimizer if convex else math.inf,

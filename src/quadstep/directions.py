@@ -111,6 +111,8 @@ class Normalized(Direction):
         raise NotImplementedError
 
     def _normalize(self, block: ParamBlock, roots: list[Tensor]) -> None:
+        # Squares overflow before gradients do, and an infinite root makes a row not a number.
+        torch._foreach_clamp_max_(roots, [torch.finfo(root.dtype).max ** 0.5 for root in roots])
         for i, (owner, param) in enumerate(zip(block.owners, block.params, strict=True)):
             gradient, root = block.direction[i], roots[i]
             # In half precision the squares of small gradients are zero.
@@ -193,6 +195,7 @@ class TensorNormalized(Normalized):
             states, block.direction, norms, weights, strict=True
         ):
             square = norm.to(torch.float32).square() / max(1, gradient.numel())
+            square = square.clamp(max=torch.finfo(torch.float32).max)
             root = entry["square_avg"].lerp_(square, weight).sqrt()
             found.append((gradient != 0).to(gradient.dtype).mul_(root))
         return found

@@ -38,8 +38,8 @@ class LossStatistics:
 
     mean: Ema = field(default=Ema())
     deviation: Ema = field(default=Ema())  # of the losses from the mean before them, absolute
-    lowest: float = math.inf
-    peak_gap: float = 0.0  # largest gap
+    lowest: float = math.inf  # of the losses
+    highest: float = -math.inf  # of the means
 
     @property
     def spread(self) -> float:
@@ -48,8 +48,13 @@ class LossStatistics:
 
     @property
     def gap(self) -> float:
-        """How far the level is above the lowest loss there can be: zero, or one that was lower."""
+        """How far the mean is above the lowest loss there can be: zero, or one that was lower."""
         return max(self.mean.mean - min(self.lowest, 0.0), self.spread)
+
+    @property
+    def peak(self) -> float:
+        """How far above it the highest mean was."""
+        return self.highest - min(self.lowest, 0.0)
 
     def update(self, loss: float, memory: float) -> LossStatistics:
         """Adds a loss; starts over where the numbers overflow."""
@@ -58,8 +63,8 @@ class LossStatistics:
             deviation = deviation.update(abs(loss - self.mean.mean), memory)
         if not math.isfinite(mean.mean + deviation.mean):
             mean, deviation = Ema().update(loss, memory), Ema()
-        new = LossStatistics(mean, deviation, min(self.lowest, loss))
-        return replace(new, peak_gap=max(self.peak_gap, new.gap))
+        lowest, highest = min(self.lowest, loss), max(self.highest, mean.mean)
+        return LossStatistics(mean, deviation, lowest, highest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +76,9 @@ class NoiseEstimate:
     predicted reduction of a step and the change over all steps. With mini-batches they are not.
     """
 
-    ratio: float = 1.0  # moving average of the noise over these changes, in [0, 1]
-    count: int = 0  # number of ratios in it
+    ratio: Ema = field(default=Ema(1.0, 1))  # of the noise over these changes; noisy at first
 
-    WEIGHT: ClassVar[float] = 0.2  # of the newest ratio
+    MEMORY: ClassVar[float] = 5.0  # of the ratio
     DETERMINISTIC: ClassVar[float] = 0.02  # ratio up to which there is no noise
     STOCHASTIC: ClassVar[float] = 0.06  # ratio from which on there is nothing but noise
 
@@ -92,15 +96,12 @@ class NoiseEstimate:
         change = losses[-1] - losses[0]
         ratio = divide(deviation, reduction + abs(change)) if change < linear else 1.0
         # Also where it overflows, or is zero over zero.
-        ratio = ratio if ratio < 1.0 else 1.0
-        count = self.count + 1
-        weight = max(self.WEIGHT, 1.0 / (count + 1))
-        return NoiseEstimate(self.ratio + weight * (ratio - self.ratio), count)
+        return NoiseEstimate(self.ratio.update(ratio if ratio < 1.0 else 1.0, self.MEMORY))
 
     @property
     def determinism(self) -> float:
         """How free of noise the losses are, from 0 to 1."""
-        margin = (self.STOCHASTIC - self.ratio) / (self.STOCHASTIC - self.DETERMINISTIC)
+        margin = (self.STOCHASTIC - self.ratio.mean) / (self.STOCHASTIC - self.DETERMINISTIC)
         return min(max(margin, 0.0), 1.0)
 
 
@@ -113,21 +114,21 @@ class SlopeCheck:
     if that is larger still, to one whose damped minimizer is at the probe.
     """
 
-    mean_difference: float = 0.0  # moving average of the relative difference
+    difference: Ema = field(default=Ema())  # relative; their number is that of the checks
     last_difference: float = 0.0  # the newest
-    checks: int = 0  # number of differences in the average
     measurements: int = 0  # checked or not
 
     INITIAL_CHECKS: ClassVar[int] = 10  # before one probe may be enough
     INTERVAL: ClassVar[int] = 10  # measurements, of which one is checked from then on
-    WEIGHT: ClassVar[float] = 0.1  # of the newest difference
+    MEMORY: ClassVar[float] = 10.0  # of the difference
     TOLERANCE: ClassVar[float] = 0.3  # largest difference that passes: at the vertex 0.15 of slope
     CAP: ClassVar[float] = 2.0  # of a difference: that of opposite curvatures
 
     @property
     def passes(self) -> bool:
         """Whether one probe is enough."""
-        return self.checks >= self.INITIAL_CHECKS and self.mean_difference <= self.TOLERANCE
+        known = self.difference.count >= self.INITIAL_CHECKS
+        return known and self.difference.mean <= self.TOLERANCE
 
     @property
     def due(self) -> bool:
@@ -150,7 +151,6 @@ class SlopeCheck:
         difference = abs(divide(measured.curvature - implied.curvature, scale))
         if math.isnan(difference):
             return counted
-        difference, checks = min(difference, self.CAP), self.checks + 1
-        weight = max(self.WEIGHT, 1.0 / checks)
-        mean = self.mean_difference + weight * (difference - self.mean_difference)
-        return SlopeCheck(mean, difference, checks, counted.measurements)
+        difference = min(difference, self.CAP)
+        average = self.difference.update(difference, self.MEMORY)
+        return replace(counted, difference=average, last_difference=difference)

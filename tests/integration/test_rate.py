@@ -1,5 +1,6 @@
 """The rate in training jobs: from any first rate, on plateaus, in noise, around odd gradients."""
 
+import copy
 import math
 
 import pytest
@@ -21,7 +22,7 @@ class TestTheRate:
         "build",
         [
             lambda params, start: LQA(params, delta0=start),
-            lambda params, start: LQA(params, direction="sgd", delta0=start),
+            lambda params, start: LQA(params, direction="gradient", delta0=start),
             lambda params, start: LQA(torch.optim.AdamW(params, lr=start)),
         ],
         ids=["lqa-auto", "lqa", "lqa(adamw)"],
@@ -34,7 +35,7 @@ class TestTheRate:
         opt.eval()
         last = task.closure(0, 256)().item()
         assert last < 0.8 * first
-        assert 1e-4 < opt.rate < 10.0
+        assert 1e-5 < opt.rate < 10.0
 
     def test_a_plateau_does_not_throw_the_weights_away(self):
         """Small weights in a deep network: hardly any slope, a vertex far beyond the probes."""
@@ -45,7 +46,7 @@ class TestTheRate:
         with torch.no_grad():
             for param in task.model.parameters():
                 param.mul_(0.05)
-        opt = LQA(task.model.parameters(), direction="sgd")
+        opt = LQA(task.model.parameters(), direction="gradient")
         train(task, opt, range(1000))
         # Gradient descent at a rate of 0.1 is still at 1.08.
         assert task.closure(0, 256)().item() < 0.6
@@ -123,7 +124,7 @@ class TestBatchesOfTwo:
     @pytest.mark.parametrize(
         "build",
         [
-            lambda params: LQA(params, direction="sgd"),
+            lambda params: LQA(params, direction="gradient"),
             lambda params: LQA(torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True)),
             lambda params: LQA(torch.optim.Adagrad(params)),
         ],
@@ -195,6 +196,126 @@ class TestGradientsThatAreNotTheSlope:
         assert rates == sorted(rates, reverse=True)
 
 
+@pytest.mark.parametrize("direction", ["rms", "gradient"])
+class TestRowsWithAMean:
+    """What has a mean over the inputs of an output is learned, however many there are."""
+
+    @pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 1, 5), (2, 1, 8, 8)])
+    def test_a_field_becomes_its_target(self, direction, shape):
+        torch.manual_seed(0)
+        target = 1.0 + torch.randn(shape)
+        field = nn.Parameter(torch.zeros(shape))
+        opt = LQA([field], direction=direction)
+        for _ in range(400):
+            loss = opt.step(lambda: (field - target).square().mean())
+        assert loss < 0.01
+        assert opt.rate > 1e-3
+
+    @pytest.mark.parametrize(
+        ("layer", "shape"), [(nn.Linear(50, 1), (50,)), (nn.Conv2d(3, 2, 3), (3, 6, 6))]
+    )
+    def test_a_layer_on_positive_inputs(self, direction, layer, shape):
+        torch.manual_seed(0)
+        layer.reset_parameters()
+        model, truth = copy.deepcopy(layer), copy.deepcopy(layer)
+        with torch.no_grad():
+            for param in truth.parameters():
+                param.copy_(0.25 + 0.02 * torch.randn_like(param))
+            inputs = torch.rand(256, *shape)
+            targets = truth(inputs)
+        opt = LQA(model.parameters(), direction=direction)
+
+        def loss(rows=slice(None)):
+            return functional.mse_loss(model(inputs[rows]), targets[rows]) / targets.var()
+
+        for rows in torch.randint(256, (600, 32)):
+            opt.step(lambda rows=rows: loss(rows))
+        opt.eval()
+        assert loss() < 0.02
+
+    def test_log_variances(self, direction):
+        torch.manual_seed(0)
+        data = torch.randn(256, 6) * torch.tensor([0.2, 0.3, 0.5, 1.0, 2.0, 3.0]) + 1.0
+        mean, log_variance = (nn.Parameter(torch.zeros(1, 6)) for _ in range(2))
+        opt = LQA([mean, log_variance], direction=direction)
+
+        def loss():
+            return (log_variance + (data - mean).square() / log_variance.exp()).mean()
+
+        for _ in range(600):
+            opt.step(loss)
+        opt.eval()
+        best = (data.var(0, correction=0).log() + 1.0).mean()
+        assert loss() < best + 0.01
+
+    def test_columns_that_never_occur_do_not_move_a_prediction(self, direction):
+        torch.manual_seed(0)
+        kinds = torch.randint(12, (256,))
+        inputs = torch.cat([torch.randn(256, 4), functional.one_hot(kinds, 16)], 1)
+        targets = inputs[:, :1] + kinds[:, None] / 12
+        model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 1))
+        unseen = model[0].weight[:, 16:].clone()
+        opt = LQA(model.parameters(), direction=direction, weight_decay=0)
+        for rows in torch.randint(256, (200, 32)):
+            opt.step(lambda rows=rows: functional.mse_loss(model(inputs[rows]), targets[rows]))
+        opt.eval()
+        assert functional.mse_loss(model(inputs), targets) < 0.05
+        assert torch.equal(model[0].weight[:, 16:], unseen)
+
+
+@pytest.mark.parametrize("name", ["lqa-auto", "lqa(adamw)"])
+def test_a_constant_added_to_the_loss_changes_little(name):
+    """Also where it then starts at zero, or below."""
+    ends = []
+    for start in (None, 0.0, -2.0):
+        task = classification()
+        opt = CONFIGURATIONS[name](task.model.parameters())
+        constant = 0.0 if start is None else start - full_loss(task)
+        for step in range(400):
+            closure = task.closure(step)
+            opt.step(lambda closure=closure, constant=constant: closure() + constant)
+        opt.eval()
+        ends.append(full_loss(task))
+    assert ends[0] < 0.45
+    assert max(ends) < 1.5 * min(ends)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda params: LQA(torch.optim.SGD(params, lr=0.1)),
+        lambda params: LQA(torch.optim.SGD(params, lr=0.1, momentum=0.9)),
+        lambda params: LQA(torch.optim.AdamW(params)),
+        lambda params: LQA(params, averaging=None),
+        lambda params: LQA(params, direction="gradient", averaging=None),
+    ],
+    ids=["sgd", "momentum", "adamw", "rms", "gradient"],
+)
+def test_policy_gradients_with_a_baseline(build):
+    """The loss of a batch is noise around zero, and says nothing of what is learned."""
+    torch.manual_seed(0)
+    states = torch.randn(1024, 8)
+    best = (states @ torch.randn(8, 4)).argmax(1)
+    policy, baseline, rates = nn.Linear(8, 4), 0.25, []
+    opt = build(policy.parameters())
+    for rows in torch.randint(1024, (500, 64)):
+        with torch.no_grad():
+            actions = torch.distributions.Categorical(logits=policy(states[rows])).sample()
+        rewards = (actions == best[rows]).float()
+        advantages = rewards - baseline
+        opt.step(
+            lambda rows=rows, actions=actions, advantages=advantages: (
+                advantages
+                * functional.cross_entropy(policy(states[rows]), actions, reduction="none")
+            ).mean()
+        )
+        baseline += 0.1 * (rewards.mean().item() - baseline)
+        rates.append(opt.rate)
+    # AdamW at 3e-3, 1e-2 and 3e-2 chooses the best action for 0.92, 0.95 and 0.96 of the states.
+    assert (policy(states).argmax(1) == best).float().mean() > 0.9
+    assert max(rates[100:]) < 100.0 * min(rates[100:])
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_raw_targets_are_learned_around_another_optimizer(seed):
     """At the start the line has no vertex, and the loss goes up and down by itself."""
@@ -218,5 +339,5 @@ def test_a_tiny_rate_and_probes_sent_far_out_do_not_overflow():
         opt.step(lambda: 1e10 * (param - 0.5).square().sum())
     for _ in range(80):
         opt.step(lambda: 1.0 + (param - param.detach()).sum())
-        assert opt.report.reason is Reason.NOISE
+        assert opt.report.reason is Reason.UNRESOLVED
     assert param.isfinite().all()

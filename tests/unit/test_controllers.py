@@ -67,14 +67,15 @@ def along(quadratic, losses, resolution=2.0**-52):
 def noisy(seed, count, shift=0.0, scale=1.0):
     """Lines of which slope, curvature and loss vary, around losses that fall, rise or stay."""
     generator = random.Random(seed)
-    trend, noise, curvature = (
+    trend, noise, mean_curvature = (
         generator.choice(values) for values in ([0.95, 1.0, 1.01], [0.01, 0.2], [0.03, 1.0])
     )
 
     def line(number):
         level = trend**number * (1.0 + noise * generator.gauss(0.0, 1.0))
-        slope, bend = generator.gauss(1.0, 0.9), curvature * generator.gauss(1.0, 0.9)
-        quadratic = Quadratic(scale * 0.3 * slope, scale * bend)
+        slope = generator.gauss(1.0, 0.9)
+        curvature = mean_curvature * generator.gauss(1.0, 0.9)
+        quadratic = Quadratic(scale * 0.3 * slope, scale * curvature)
         return along(quadratic, [scale * level + shift], EXACT)[0]
 
     return [line(number) for number in range(count)]
@@ -84,12 +85,13 @@ def started(**changed):
     """A state after the start of the search, which limits nothing."""
     statistics = LossStatistics(Ema(1e9, 50), Ema(1.0, 50), lowest=1.0, peak_gap=1e9)
     known = {"radius": 1e6, "measurements": 50, "contraction": 50, "success": 50, "adapted": 50}
-    return replace(TrustRegionState(losses=statistics), **known | changed)
+    state = TrustRegionState(losses=statistics, reduction=Ema(1e9, 50))
+    return replace(state, **known | changed)
 
 
 def with_checks(checks=SlopeCheck.INITIAL_CHECKS):
     """A state whose slope check has passed so many times."""
-    return started(slope_check=SlopeCheck(checks=checks, measurements=1))
+    return started(slope_check=SlopeCheck(Ema(0.0, checks), measurements=1))
 
 
 class TestVertexController:
@@ -193,9 +195,11 @@ class TestOneMeasurement:
         assert (decision.reason, decision.settled) == (Reason.RADIUS, settled)
 
     @given(st.floats(0.01, 100.0), st.floats(0.01, 100.0), st.floats(1.01, 100.0))
-    def test_the_vertex_of_a_line_that_stays_above_zero_passes_polyaks_cap(self, slope, bend, more):
-        line = Quadratic(slope, bend)
-        loss = more * slope**2 / (4.0 * bend)
+    def test_the_vertex_of_a_line_that_stays_above_zero_passes_polyaks_cap(
+        self, slope, curvature, more
+    ):
+        line = Quadratic(slope, curvature)
+        loss = more * slope**2 / (4.0 * curvature)
         state = started(losses=LossStatistics(Ema(loss, 50), Ema(0.0, 50), loss, loss))
         _, decision = CONTROLLER.update(
             state, line.minimizer, sample_line(line, line.minimizer, loss)
@@ -204,10 +208,13 @@ class TestOneMeasurement:
         assert decision.rate == pytest.approx(line.minimizer, rel=1e-6)
 
     @given(st.floats(0.01, 100.0), st.floats(1e-6, 1.0), st.floats(1e-9, 1e-3))
-    def test_no_rate_promises_a_loss_below_zero(self, slope, loss, bend):
+    def test_no_rate_predicts_a_loss_below_zero(self, slope, loss, curvature):
         """But for a factor that a parabola needs."""
         known = LossStatistics(Ema(loss, 50), Ema(0.0, 50), loss, loss)
-        rate, line = CONFIG.polyak * loss / slope / 1.5, Quadratic(slope, bend * slope**2 / loss)
+        rate, line = (
+            CONFIG.polyak * loss / slope / 1.5,
+            Quadratic(slope, curvature * slope**2 / loss),
+        )
         samples = sample_line(line, rate, loss, EXACT)
         _, decision = CONTROLLER.update(started(losses=known), rate, samples)
         assert decision.reason is Reason.POLYAK
@@ -235,13 +242,11 @@ class TestStart:
     @pytest.mark.parametrize("resolution", [2.0**-52, 2.0**-23])
     @pytest.mark.parametrize("exponent", range(-8, 3))
     def test_the_first_rate_does_not_depend_on_delta0(self, exponent, resolution):
-        """But for rounding: the closest probe that resolves the curvature is a few errors off."""
         line = Quadratic(1.0, 2.0)
         run = Run(10.0**exponent)
         while not run.state.radius:
             run.add(*along(line, [1.0], resolution))
-        near = exponent < -6
-        assert run.rate == pytest.approx(0.25 / CONFIG.start, rel=0.3 if near else 1e-3)
+        assert run.rate == pytest.approx(0.25 / CONFIG.start, rel=0.01)
         assert run.reasons[-1] is Reason.MINIMUM
         assert len(run.decisions) < 10
 
@@ -258,10 +263,8 @@ class TestStart:
         assert run.rate == pytest.approx(1e-3 * (1.0 + CONFIG.growth) ** 5)
 
     def test_rising_lines_move_nothing(self):
-        run = Run(1.0).add(*along(Quadratic(-1.0, 1.0), [1.0, 1.5, 1.0])[:2])
-        assert set(run.reasons) == {Reason.REJECTED}
-        run.add(*along(Quadratic(-1.0, 1.0), [1.0] * 5))
-        assert set(run.reasons[2:]) == {Reason.ASCENT}
+        run = Run(1.0).add(*along(Quadratic(-1.0, 1.0), [1.0, 1.5] * 3))
+        assert set(run.reasons) == {Reason.ASCENT}
         assert not any(decision.step for decision in run.decisions)
         assert run.rates == sorted(run.rates, reverse=True)
         run.add(*along(Quadratic(1.0, 1.0), [1.0] * 40))
@@ -341,14 +344,14 @@ class TestAnyLine:
     def test_equals_the_plain_rule_step_by_step(self, seed, rate):
         """With constants that make all of it happen."""
         config = replace(CONFIG, memory=15.0, loss_memory=5.0, restart=4)
-        lines = noisy(seed, 120)
-
-        def losses(number, distance):
-            samples = lines[number - 1](distance)
-            return samples.loss_ahead, samples.loss_center, samples.loss_behind
-
+        lines, expected = noisy(seed, 120), []
+        rule = trust_region(rate, asdict(config))
+        plain, _ = next(rule)
+        for line in lines:
+            samples = line(plain)
+            plain, _ = rule.send([samples.loss_ahead, samples.loss_center, samples.loss_behind])
+            expected.append(plain)
         run = Run(rate, TrustRegionController(config)).add(*lines)
-        expected = trust_region(losses, rate, len(lines), asdict(config))
         assert run.rates == pytest.approx(expected, rel=1e-6)
 
     @given(seeds, st.integers(-40, 40))
@@ -360,8 +363,8 @@ class TestAnyLine:
     @given(seeds, st.floats(-100.0, -20.0))
     def test_a_constant_added_to_the_losses_does_not_matter_below_zero(self, seed, shift):
         """Above it zero bounds the losses, or seems to."""
-        shifted = [Run(0.1).add(*noisy(seed, 60, shift=each)) for each in (-10.0, shift)]
-        assert shifted[1].rates == pytest.approx(shifted[0].rates, rel=1e-3)
+        shifted = [Run(1.0).add(*noisy(seed, 60, shift=each)) for each in (-10.0, shift)]
+        assert shifted[1].rates == pytest.approx(shifted[0].rates, rel=0.01)
         assert shifted[1].reasons == shifted[0].reasons
         assert Reason.POLYAK not in shifted[0].reasons
 

@@ -79,6 +79,19 @@ def test_descends_along_complex_gradients(name, grads):
 
 
 @by_direction
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e25), (torch.float16, 3e4)])
+def test_a_gradient_whose_square_overflows_leaves_the_direction_finite(name, dtype, size):
+    torch.manual_seed(0)
+    grads = list(torch.randn(3, 4, 6).to(dtype))
+    grads[1] = grads[1].sign() * size
+    grads[1][0, 0] = 0.0
+    for count in (2, 3):
+        param = nn.Parameter(torch.ones(4, 6, dtype=dtype))
+        (found,) = direction_along(name, [param], [grads[:count]], weight_decay=0.1)
+        assert found.isfinite().all()
+
+
+@by_direction
 @given(histories(), st.randoms(use_true_random=False))
 def test_entries_whose_gradient_has_always_been_zero_stay(name, grads, random):
     unused = torch.tensor(
@@ -335,6 +348,14 @@ class TestMomentumThatHoldsTheRate:
         opt.step(task.closure())
         assert base.rates == [0.5] * 3
         assert (opt.param_groups[0]["lr"] is lr) == isinstance(lr, torch.Tensor)
+
+    @pytest.mark.parametrize("lr", [0.01, 1.0, 100.0])
+    def test_learns_from_any_first_rate(self, lr):
+        task = classification()
+        opt = LQA(Heavy(task.model.parameters(), lr))
+        train(task, opt, range(300))
+        assert full_loss(task) < 0.5
+        assert 1e-3 < opt.rate < 10.0
 
     def test_resumes_bit_for_bit(self):
         """Also at a rate other than the largest."""

@@ -113,7 +113,7 @@ class TestNoise:
     @example([[1.7e308, -1.7e308] * 6] * 3, math.inf, 0.0)
     def test_stays_a_ratio(self, paths, linear, reduction):
         noise = self.update(paths, reduction, linear)
-        assert 0.0 <= noise.ratio <= 1.0
+        assert 0.0 <= noise.ratio.mean <= 1.0
         assert 0.0 <= noise.determinism <= 1.0
 
     @pytest.mark.parametrize(
