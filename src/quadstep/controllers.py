@@ -152,8 +152,8 @@ class TrustRegionConfig:
     Lengths of time are in measurements.
     """
 
-    memory: float = 30.0  # of the averaged quadratic and of the statistics of the losses
-    start: float = 100.0  # the first rate is the first minimizer over this
+    memory: float = 20.0  # of the averaged quadratic and of the statistics of the losses
+    start: float = 50.0  # the first rate is the first minimizer over this
     growth: float = 2.0  # n measurements after a contraction the rate grows by 1 + growth / n
     contraction: float = 0.1  # smallest factor of the rate at a measurement
     rejection: float = 0.5  # factor of the rate below which the step is rejected
@@ -259,9 +259,6 @@ class TrustRegionController:
             reference, total, adapted, radius = level, 0.0, now, max(radius, expanded)
         elif is_visible and not is_lower:
             total, adapted, radius = 0.0, now, rate / config.expansion
-        elif now - adapted > config.window and total < losses.spread:
-            # Too little was predicted for the losses to show it.
-            total, adapted, radius = 0.0, now, max(radius, expanded)
         else:
             radius = max(radius, rate)
         return replace(
