@@ -74,9 +74,7 @@ class TestLossStatistics:
 
     @given(st.lists(st.floats(0.0, 1e3), min_size=1, max_size=30), st.floats(-1e3, 0.0))
     def test_below_zero_a_constant_added_to_all_losses_leaves_gap_and_peak(self, losses, constant):
-        plain, shifted = (
-            after([loss - 2e3 + each for loss in losses]) for each in (0.0, constant)
-        )
+        plain, shifted = (after([loss - 2e3 + each for loss in losses]) for each in (0.0, constant))
         assert shifted.gap == pytest.approx(plain.gap, abs=1e-9)
         assert shifted.peak == pytest.approx(plain.peak, abs=1e-9)
 
