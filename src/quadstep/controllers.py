@@ -193,7 +193,7 @@ class TrustRegionController:
         >>> controller = TrustRegionController()
         >>> samples = LineSamples(0.5, loss_ahead=0.75, loss_center=1.0, loss_behind=1.75)
         >>> controller.update(TrustRegionState(), 0.5, samples)[1].rate
-        0.005
+        0.01
     """
 
     config: TrustRegionConfig = field(default_factory=TrustRegionConfig)
@@ -218,13 +218,13 @@ class TrustRegionController:
         if math.isfinite(center):
             state = self._observe(state, rate, samples, fit)
         if not (samples.is_finite and math.isfinite(fit.slope) and math.isfinite(fit.curvature)):
-            return self._contract(state, rate, samples, Reason.NON_FINITE)
+            return self._contract(state, rate, samples, 0.0, Reason.NON_FINITE)
         rise = samples.loss_ahead - center
         if rise > max(config.failure * spread, fit.slope * samples.distance, samples.signal):
             # So far out a quadratic does not fit: its minimizer gives the order of magnitude.
             hint = fit.minimizer if fit.slope > 0.0 and fit.curvature > 0.0 else 0.0
-            reason = Reason.REJECTED if fit.slope > 0.0 else Reason.ASCENT
-            return self._contract(state, rate, samples, reason, hint)
+            why = Reason.REJECTED if fit.slope > 0.0 else Reason.ASCENT
+            return self._contract(state, rate, samples, hint, why)
         if samples.curvature_unresolved:
             if not state.fits and samples.slope_unresolved and not samples.contradicts_gradient:
                 rate = max(rate, _clamp(samples.distance))
@@ -279,7 +279,7 @@ class TrustRegionController:
     ) -> tuple[TrustRegionState, Decision]:
         """Estimates the first rate from the first minimizer, whatever the first probe distance."""
         if fit.slope <= 0.0:
-            return self._contract(state, rate, samples, Reason.ASCENT)
+            return self._contract(state, rate, samples, 0.0, Reason.ASCENT)
         if state.minimum_distance > 2.0 * samples.distance:
             # The first estimate decides on many steps: it is not to be one of rounding errors.
             return state, Decision(rate, rate, Reason.UNRESOLVED)
@@ -326,17 +326,12 @@ class TrustRegionController:
         return replace(state, rejections=0, accepted=new), Decision(new, new, reason, settled)
 
     def _contract(
-        self,
-        state: TrustRegionState,
-        rate: float,
-        samples: LineSamples,
-        reason: Reason,
-        hint: float = 0.0,
+        self, state: TrustRegionState, rate: float, samples: LineSamples, hint: float, why: Reason
     ) -> tuple[TrustRegionState, Decision]:
         """Contracts the rate toward a hint; a probe beyond the rate tells nothing of the rate."""
         if samples.distance <= rate:
             rate *= min(max(hint / rate, self.config.contraction), self.config.rejection)
-        return self._reject(replace(state, minimum_distance=0.0), rate, reason)
+        return self._reject(replace(state, minimum_distance=0.0), rate, why)
 
     def _reject(
         self, state: TrustRegionState, rate: float, reason: Reason
