@@ -537,7 +537,7 @@ class TestRadius:
 
     @settings(max_examples=10)
     @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), st.floats(1e-6, 1e6))
-    def test_every_loss_is_forgotten(self, losses, rate):
+    def test_a_decrease_is_seen_after_any_losses(self, losses, rate):
         run = self.run(losses, rate=rate)
         run.add(*along(self.line, self.plateau(1200), EXACT))
         run.add(*along(self.line, self.plateau(100, level=1.0), EXACT))
