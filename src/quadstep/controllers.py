@@ -232,7 +232,7 @@ class TrustRegionController:
             return state, Decision(rate, rate, Reason.UNRESOLVED)
         state = replace(state, minimum_distance=samples.resolved_distance)
         if state.radius:
-            return self._choose(self._average(state, fit), rate)
+            return self._choose(self._average(state, fit), rate, samples.signal)
         return self._start(state, rate, samples, fit)
 
     def _observe(
@@ -299,7 +299,9 @@ class TrustRegionController:
         curvature = (1.0 - weight) * past.curvature + weight * fit.curvature
         return replace(state, quadratic=Quadratic(slope, curvature), fits=fits)
 
-    def _choose(self, state: TrustRegionState, rate: float) -> tuple[TrustRegionState, Decision]:
+    def _choose(
+        self, state: TrustRegionState, rate: float, resolution: float
+    ) -> tuple[TrustRegionState, Decision]:
         """Takes the smallest of the terms, which gives the reason."""
         config, quadratic, losses = self.config, state.quadratic, state.losses
         if quadratic.slope <= 0.0:
@@ -312,10 +314,12 @@ class TrustRegionController:
         invisible = 0.0 if math.isnan(invisible) else invisible
         # After a decrease the loss shows what to expect: what is invisible no more than holds.
         radius = max(state.radius, min(rate, invisible) if state.has_decreased else invisible)
-        convex = quadratic.curvature > 0.0
+        convex, gap = quadratic.curvature > 0.0, losses.gap
         terms = {
             Reason.MINIMUM: quadratic.minimizer if convex else math.inf,
-            Reason.POLYAK: config.polyak * losses.gap / quadratic.slope if losses.gap else math.inf,
+            Reason.POLYAK: config.polyak
+            * (gap if gap > resolution else math.inf)
+            / quadratic.slope,
             Reason.RADIUS if convex else Reason.CONCAVE: min(radius, rate * growth),
         }
         reason = min(terms, key=terms.__getitem__)
