@@ -16,10 +16,10 @@ def console(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_thousand_steps_under_faults(tmp_path, console, monkeypatch):
-    """A tenth of the recorded run, with faults five times as often."""
-    monkeypatch.setattr(soak, "ODDS", 0.1)
-    path = soak.soak(results_in(tmp_path), console, steps=2000, seeds=1, names=("lqa-auto",))
+def test_a_thousand_steps_under_faults(tmp_path, console, monkeypatch):
+    """A twentieth of the recorded run, with faults ten times as often."""
+    monkeypatch.setattr(soak, "ODDS", 0.2)
+    path = soak.soak(results_in(tmp_path), console, steps=1000, seeds=1, names=("lqa-auto",))
     (row,) = json.loads(path.read_text())["rows"]
     assert row["traces"] == 0
     assert set(row["faults"]) == set(soak.KINDS)
@@ -54,8 +54,12 @@ def test_what_repeats_a_loss_gives_no_rate():
         job.optimizer.step(job.closure())
     # Puts the measurements that repeat the loss and those that take both probes out of step.
     assert soak.survive(job, "nan", call=1) is True
-    assert soak.survive(job, "nan", call=3) is None
-    assert job.optimizer.report.forwards == 3
+    unharmed = {
+        job.optimizer.report.forwards
+        for _ in range(300)
+        if soak.survive(job, "nan", call=3) is None
+    }
+    assert {1, 2, 3} <= unharmed
 
 
 def test_a_trace_would_be_seen(monkeypatch):

@@ -18,7 +18,7 @@ def measure(results, seeds):
 
 
 def test_trainer(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "EPOCHS", 2)
+    monkeypatch.setattr(trainer, "EPOCHS", 1)
     results = results_in(tmp_path)
     runs = measure(results, seeds=1)
     losses = {run["setting"]: run["loss"] for run in runs}

@@ -180,7 +180,8 @@ class TestTraining:
                     nn.utils.clip_grad_norm_(other.parameters(), clip)
                 reference.step(closure, loss=loss)
         for one, another in zip(model.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(one, another, rtol=1e-4, atol=1e-6)
+            # The rates are of losses in single precision; a step is hundreds of times as long.
+            torch.testing.assert_close(one, another, rtol=1e-4, atol=1e-5)
         assert opt.rate == pytest.approx(reference.rate, rel=1e-4)
         # The losses of Transformers are in single precision.
         assert opt.report.loss == pytest.approx(reference.report.loss, rel=1e-5)
