@@ -13,7 +13,7 @@ CONFIGURATIONS = {
     "lqa(adamw)": lambda params: LQA(torch.optim.AdamW(params, lr=1e-2)),
 }
 
-SAFEGUARDED = ("lqa", "lqa-auto", "lqa(adamw)")
+WITH_TRUST_REGION = ("lqa", "lqa-auto", "lqa(adamw)")
 """The configurations that do more than Algorithm 1 says."""
 
 BASES = {

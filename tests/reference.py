@@ -135,6 +135,7 @@ def trust_region(
     """
     c = SimpleNamespace(**constants)
     losses, levels, deviations, reductions, slopes, curvatures = [], [], [], [], [], []
+    highest = -math.inf
     radius, total, reference, accepted = None, 0.0, 0.0, 0.0
     adapted = contracted = rejected = 0
     has_decreased, step, reach = False, 0.0, math.inf
@@ -148,7 +149,10 @@ def trust_region(
         losses.append(center)
         levels.append(smoothed(losses, c.memory))
         level, spread, bound = levels[-1], smoothed(deviations, c.memory), min(0.0, *losses)
-        gap, peak = max(level - bound, spread), max(levels) - bound
+        if n > 1:
+            highest += (level - highest) / c.memory**2
+        highest = max(level, highest)
+        gap, peak = max(level - bound, spread), highest - bound
         reductions.append(max(0.0, slope * rate - curvature * rate**2))
         reduction, total = smoothed(reductions, c.memory), total + reductions[-1]
         if level > reference or n == 1:

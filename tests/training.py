@@ -121,7 +121,7 @@ def about_to_measure(configuration, device: str = "cpu") -> tuple[Task, LQA]:
     return task, opt
 
 
-def about_to_hold(task: Task) -> LQA:
+def about_to_reuse(task: Task) -> LQA:
     """The default optimizer before a step that does not measure."""
     opt = LQA(task.model.parameters())
     while is_due(opt):

@@ -8,8 +8,8 @@ import torch
 from problems import classification, identical, noisy_classification, values
 from torch.nn import functional
 from training import (
-    about_to_hold,
     about_to_measure,
+    about_to_reuse,
     assert_free_of_side_effects,
     raising,
     saved_and_loaded,
@@ -67,7 +67,7 @@ def test_a_measuring_step_that_fails_is_undone(configuration, failing, fault):
 def test_a_step_waits_for_the_device_only_to_measure():
     task = classification().to("cuda")
     closure = task.closure()
-    opt = about_to_hold(task)
+    opt = about_to_reuse(task)
     torch.cuda.set_sync_debug_mode("error")
     try:
         opt.step(closure)

@@ -20,11 +20,11 @@ def check_a_non_finite_loss_on_one_rank(_):
     """Whether it spreads to the gradients or not, all ranks undo the step, and none waits."""
     places = [("lqa", False, 1), ("lqa", False, 2), ("lqa-auto", False, 1), ("lqa-auto", True, 1)]
     bads = (lambda loss: loss * math.nan, lambda loss: loss + math.inf)
-    for (name, held, failing), bad in itertools.product(places, bads):
+    for (name, reused, failing), bad in itertools.product(places, bads):
         for parallelise in (DistributedDataParallel, sharded):
             task, model, opt = begun(name, parallelise)
             train_on_shares(opt, model, task, range(3))
-            while is_due(opt) == held:
+            while is_due(opt) == reused:
                 train_on_shares(opt, model, task, [3])
             before = full(task.model)
             inputs, labels = share(task, 3)
@@ -35,7 +35,7 @@ def check_a_non_finite_loss_on_one_rank(_):
             if rank() == size() - 1:
                 closure = with_fault(closure, failing, bad)
             opt.step(closure)
-            assert opt.report.reason is Reason.NON_FINITE, (name, held, failing)
+            assert opt.report.reason is Reason.NON_FINITE, (name, reused, failing)
             assert identical(before, full(task.model))
             agree((opt.rate, opt.report.forwards))
             train_on_shares(opt, model, task, range(4, 6))

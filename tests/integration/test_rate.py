@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from configurations import BASES, CONFIGURATIONS, SAFEGUARDED
+from configurations import BASES, CONFIGURATIONS, WITH_TRUST_REGION
 from problems import Quadratic, classification, identical, values
 from seams import is_due, keep_momentum, momentum_scale, noise_estimate
 from sklearn.datasets import load_breast_cancer
@@ -158,7 +158,7 @@ class Binary(nn.Linear):
         )
 
 
-@pytest.mark.parametrize("name", SAFEGUARDED)
+@pytest.mark.parametrize("name", WITH_TRUST_REGION)
 class TestGradientsThatAreNotTheSlope:
     """The slope is measured, so a gradient need only point downhill."""
 

@@ -352,7 +352,7 @@ class TestAnyLine:
     @given(seeds, st.floats(1e-3, 1e2))
     def test_equals_the_plain_rule_step_by_step(self, seed, rate):
         """With constants that make all of it happen."""
-        config = replace(CONFIG, memory=5.0, start=4.0, restart=4)
+        config = replace(CONFIG, memory=5.0, start=4.0, restart=4, converged=0.3)
         lines, expected = noisy(seed, 120), []
         rule = trust_region(rate, asdict(config))
         plain, _ = next(rule)

@@ -119,7 +119,7 @@ class TestTheRate:
             weight_decay=weight_decay,
             controller=controller,
         )
-        found, counts = [], opt.report.counts
+        found = []
         for step in range(100):
             opt.step(task.closure(step))
             found.append(opt.rate)

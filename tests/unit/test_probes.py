@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from configurations import BASES, CONFIGURATIONS, SAFEGUARDED
+from configurations import BASES, CONFIGURATIONS, WITH_TRUST_REGION
 from problems import Quadratic, classification, identical, values
 from seams import take_two_probes
 from torch import nn
@@ -83,7 +83,7 @@ class TestOneProbe:
         assert fewer < more
         torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
 
-    @pytest.mark.parametrize("name", SAFEGUARDED)
+    @pytest.mark.parametrize("name", WITH_TRUST_REGION)
     @pytest.mark.parametrize("factor", [-1.0, 0.1, 3.0])
     def test_is_not_taken_where_gradients_are_not_those_of_the_loss(
         self, name, factor, monkeypatch
@@ -122,7 +122,7 @@ class TestOneProbe:
         assert 0.5 < one / two < 2.0
 
     @pytest.mark.filterwarnings("ignore:the closure calls backward:UserWarning")
-    @pytest.mark.parametrize("name", SAFEGUARDED)
+    @pytest.mark.parametrize("name", WITH_TRUST_REGION)
     @pytest.mark.parametrize("runs_backward", [False, True])
     def test_is_not_taken_where_a_caller_had_the_gradients_in_hand(self, name, runs_backward):
         """Clipping puts a slope off now and then, and no check may see it."""

@@ -9,7 +9,7 @@ from configurations import CONFIGURATIONS
 from problems import classification, identical, noisy_classification, values
 from torch import nn
 from torch.nn import functional
-from training import about_to_hold, about_to_measure, backward_of, raising, train, with_fault
+from training import about_to_measure, about_to_reuse, backward_of, raising, train, with_fault
 
 from quadstep import LQA, Reason
 from quadstep.directions import Gradient
@@ -102,9 +102,9 @@ class TestFreeOfSideEffects:
         # LQA scales the displacement, which rounds.
         torch.testing.assert_close(values(task.model), values(alone), rtol=1e-5, atol=1e-7)
 
-    def test_held_steps_survive_a_non_finite_loss(self):
+    def test_steps_that_reuse_the_rate_survive_a_non_finite_loss(self):
         task = noisy_classification()
-        opt = about_to_hold(task)
+        opt = about_to_reuse(task)
         before = values(task.model)
         opt.step(lambda: task.model(task.inputs * math.nan).mean())
         assert opt.report.reason is Reason.NON_FINITE

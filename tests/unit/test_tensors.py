@@ -9,8 +9,8 @@ from problems import classification, identical, noisy_classification, values
 from seams import run_as_on_an_accelerator
 from torch import nn
 from training import (
-    about_to_hold,
     about_to_measure,
+    about_to_reuse,
     assert_free_of_side_effects,
     backward_of,
     full_loss,
@@ -85,7 +85,7 @@ class TestAccelerators:
     def test_a_measuring_step_looks_before_any_state_advances(
         self, configuration, bad, monkeypatch
     ):
-        """Where looking means waiting a held step does not look, a measuring one does."""
+        """Where looking means waiting a step that reuses the rate does not look, a measuring one does."""
         run_as_on_an_accelerator(monkeypatch)
         task, opt = about_to_measure(configuration)
         before, state = values(task.model), copy.deepcopy(opt.state_dict()["state"])
@@ -111,10 +111,10 @@ class TestAccelerators:
         opt.step(task.closure())
         assert opt.report.reason is not Reason.REUSED
 
-    def test_a_held_step_does_not_look(self, monkeypatch):
+    def test_a_step_that_reuses_the_rate_does_not_look(self, monkeypatch):
         run_as_on_an_accelerator(monkeypatch)
         task = classification()
-        opt = about_to_hold(task)
+        opt = about_to_reuse(task)
         task.model[0].weight.register_hook(lambda grad: grad * math.nan)
         opt.step(task.closure())
         assert opt.report.reason is Reason.REUSED
