@@ -85,7 +85,7 @@ class TestAccelerators:
     def test_a_measuring_step_looks_before_any_state_advances(
         self, configuration, bad, monkeypatch
     ):
-        """Where looking means waiting a step that reuses the rate does not look, a measuring one does."""
+        """Where looking means waiting, a step that does not measure does not look."""
         run_as_on_an_accelerator(monkeypatch)
         task, opt = about_to_measure(configuration)
         before, state = values(task.model), copy.deepcopy(opt.state_dict()["state"])
