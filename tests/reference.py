@@ -177,7 +177,7 @@ def trust_region(
         elif radius is None:
             reach = (1.0 + c.growth) * rate
             radius = rate = accepted = slope / (2.0 * curvature) / c.start
-            contracted, is_accepted, slopes, curvatures = n, None, [slope], [curvature]
+            contracted, is_accepted, slopes, curvatures = n, True, [slope], [curvature]
         else:
             slopes.append(slope)
             curvatures.append(curvature)

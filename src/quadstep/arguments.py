@@ -193,7 +193,8 @@ def _copy_with_small_params(base: Optimizer) -> Optimizer:
 def check_options(direction: Any, averaging: Any, every: Any, delta0: Any) -> None:
     """Refuses choices that do not exist and numbers out of range; None stands for a default."""
     is_known = direction in (None, "rms", "gradient")
-    if not (is_known or callable(getattr(direction, "line", None))):
+    is_own = callable(getattr(direction, "line", None)) and not isinstance(direction, type)
+    if not (is_known or is_own):
         raise ValueError(
             f'direction must be "rms" or "gradient", got {direction!r}; to follow another '
             "optimizer's steps pass the optimizer itself: LQA(torch.optim.AdamW(params))"
@@ -259,8 +260,8 @@ def check_group(group: dict[str, Any], defaults: dict[str, Any], decays: bool) -
         )
     if decay and not decays:
         raise ValueError(
-            f"weight_decay must be 0 in LQA.paper, whose direction is the gradient, got {decay!r}; "
-            "add the penalty to the loss, or train with LQA(params)"
+            "weight_decay must be 0 along the plain gradient, as in LQA.paper(params), got "
+            f"{decay!r}; add the penalty to the loss, or train with LQA(params)"
         )
 
 

@@ -226,7 +226,8 @@ class TrustRegionController:
             why = Reason.REJECTED if fit.slope > 0.0 else Reason.ASCENT
             return self._contract(state, rate, samples, hint, why)
         if samples.curvature_unresolved:
-            if not state.fits and samples.slope_unresolved and not samples.contradicts_gradient:
+            is_flat = samples.slope_unresolved and not samples.contradicts_gradient
+            if not state.radius and is_flat:
                 rate = max(rate, _clamp(samples.distance))
             state = replace(state, minimum_distance=_clamp(WIDENING * samples.distance))
             return state, Decision(rate, rate, Reason.UNRESOLVED)
@@ -287,8 +288,10 @@ class TrustRegionController:
         if fit.curvature <= 0.0:
             return state, Decision(reach, reach, Reason.CONCAVE)
         first = _clamp(fit.minimizer / self.config.start)
-        known = replace(state, radius=first, accepted=first, contraction=state.measurements)
-        # The step stays within reach of the probe.
+        known = replace(
+            state, radius=first, accepted=first, contraction=state.measurements, rejections=0
+        )
+        # The step stays within reach of the rate in force.
         return self._average(known, fit), Decision(first, min(first, reach), Reason.MINIMUM)
 
     def _average(self, state: TrustRegionState, fit: Quadratic) -> TrustRegionState:

@@ -220,6 +220,8 @@ class OptimizerStep(Direction):
     def line(self, groups: Groups, state: Any, rate: float, is_kept: bool) -> Line:
         """Steps the base once; the line starts before the step and passes through its end."""
         largest = groups[0][STEPPING_RATE] = max(rate, groups[0][STEPPING_RATE])
+        # At rate zero, as torch initializes optimizers, nothing is to move.
+        largest = largest if rate else 0.0
         if not is_kept and largest == rate:
             self._base.step()
             return Line([])

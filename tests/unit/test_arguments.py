@@ -227,8 +227,8 @@ class TestErrors:
             (
                 lambda p: LQA.paper([{"params": p, "weight_decay": 0.1}]),
                 ValueError,
-                "weight_decay must be 0 in LQA.paper, whose direction is the gradient, got 0.1; "
-                "add the penalty to the loss, or train with LQA(params)",
+                "weight_decay must be 0 along the plain gradient, as in LQA.paper(params), got "
+                "0.1; add the penalty to the loss, or train with LQA(params)",
             ),
             (
                 lambda p: LQA(torch.optim.AdamW(p), weight_decay=0.1),

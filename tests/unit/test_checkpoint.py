@@ -12,6 +12,7 @@ from seams import momentum_scale
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_optimizer_state_dict,
     get_state_dict,
     set_state_dict,
 )
@@ -200,3 +201,17 @@ def test_a_distributed_checkpoint_resumes_bit_for_bit(configuration, flatten, st
         train_seeded(each, optimizer, range(stop, 40))
     assert identical(values(task.model), values(resumed.model))
     assert other.report == opt.report
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_state_around_an_optimizer_without_its_own_is_found_after_steps():
+    """Torch initializes it by a step at rate zero, which must not move anything."""
+    task = noisy_classification()
+    opt = LQA(torch.optim.SGD(task.model.parameters(), lr=0.5))
+    train_seeded(task, opt, range(8))
+    opt.zero_grad()
+    before, rate = values(task.model), opt.rate
+    state = get_optimizer_state_dict(task.model, opt)
+    assert state["param_groups"][0]["lqa.stepping_rate"] >= rate
+    assert identical(values(task.model), before)
+    assert opt.rate == rate

@@ -559,6 +559,15 @@ class TestRestart:
         assert restarts == [CONFIG.restart * n for n in range(1, 50 // CONFIG.restart + 1)]
         assert run.rates[-2] == pytest.approx(accepted * CONFIG.contraction ** (CONFIG.restart - 1))
 
+    def test_a_flat_line_after_it_does_not_take_the_rate_out_of_the_trust_region(self):
+        run = Run(0.1, state=started()).add(*along(self.line, [1.0] * 40))
+        infinite, flat = (LineSamples(0.1, loss, 1.0, loss) for loss in (math.inf, 1.0))
+        run.add(*[lambda d: replace(infinite, distance=d)] * CONFIG.restart)
+        rate = run.rate
+        run.add(*[lambda d: replace(flat, distance=d)] * 8)
+        assert run.reasons[-8:] == [Reason.UNRESOLVED] * 8
+        assert run.rates[-8:] == [rate] * 8
+
     def test_what_was_measured_before_no_longer_counts(self):
         run = Run(0.1, state=started()).add(*along(self.line, [1.0] * 40))
         infinite = LineSamples(0.1, math.inf, 1.0, math.inf)
