@@ -87,9 +87,10 @@ def normalised(
 def centred(grad: Tensor, root: Tensor, eps: float, decayed: Tensor) -> Tensor:
     """The normalised gradient and the decay, without their mean over the n inputs of each output.
 
+    The decay is a part of the gradient, in units of its root: it needs no step where that is zero.
     The mean is weighted by the roots, and a part of it is left, one over the root of n.
     """
-    d = grad / (root + eps) + decayed
+    d = (grad + root * decayed) / (root + eps)
     if d.dim() < 2 or not d.numel():
         return d
     means = [
@@ -133,37 +134,35 @@ def trust_region(
     of, at and behind the parameters. Averages are computed anew from all that has been measured.
     """
     c = SimpleNamespace(**constants)
-    losses, deviations, reductions, slopes, curvatures = [], [], [], [], []
-    radius, total, reference, peak, accepted = None, 0.0, 0.0, 0.0, 0.0
+    losses, levels, deviations, reductions, slopes, curvatures = [], [], [], [], [], []
+    radius, total, reference, accepted = None, 0.0, 0.0, 0.0
     adapted = contracted = rejected = 0
-    succeeded, step, reach = False, 0.0, math.inf
+    has_decreased, step, reach = False, 0.0, math.inf
     for n in itertools.count(1):
         ahead, center, behind = yield rate, step
         slope = (behind - ahead) / (2.0 * rate)
         curvature = (ahead + behind - 2.0 * center) / (2.0 * rate**2)
-        spread_before = smoothed(deviations, c.loss_memory)
+        spread_before = smoothed(deviations, c.memory)
         if losses:
-            deviations.append(abs(center - smoothed(losses, c.loss_memory)))
+            deviations.append(abs(center - levels[-1]))
         losses.append(center)
-        level, spread = smoothed(losses, c.loss_memory), smoothed(deviations, c.loss_memory)
-        gap = max(level, spread) if min(losses) >= 0.0 else math.inf
-        peak = max(peak, gap)
+        levels.append(smoothed(losses, c.memory))
+        level, spread, bound = levels[-1], smoothed(deviations, c.memory), min(0.0, *losses)
+        gap, peak = max(level - bound, spread), max(levels) - bound
         reductions.append(max(0.0, slope * rate - curvature * rate**2))
-        reduction, total = smoothed(reductions, c.loss_memory), total + reductions[-1]
+        reduction, total = smoothed(reductions, c.memory), total + reductions[-1]
         if level > reference or n == 1:
-            part = 1.0 / c.memory if n > c.loss_memory else 1.0
+            part = 1.0 / c.memory if n > c.memory else 1.0
             reference += part * (level - reference)
-        radius = radius and max(radius, rate)
+        is_higher = not has_decreased or level > reference
         if level < reference - c.significance * spread:
             factor = 1.0 if gap < c.converged * peak else c.expansion
-            radius = radius and factor * rate
-            reference, total, succeeded, adapted = level, 0.0, True, n
-        elif (
-            n - adapted > 2.0 * c.loss_memory
-            and total > c.failure * spread
-            and not (succeeded and level <= reference)
-        ):
+            radius = radius and max(radius, factor * rate)
+            reference, total, has_decreased, adapted = level, 0.0, True, n
+        elif n - adapted > 2.0 * c.memory and total > c.failure * spread and is_higher:
             radius, total, adapted = radius and rate / c.expansion, 0.0, n
+        else:
+            radius = radius and max(radius, rate)
         if ahead - center > max(c.failure * spread_before, slope * rate, 0.0):
             hint = slope / (2.0 * curvature) if slope > 0.0 < curvature else 0.0
             rate, is_accepted = min(max(hint, c.contraction * rate), c.rejection * rate), False
@@ -174,18 +173,19 @@ def trust_region(
         elif radius is None:
             reach = (1.0 + c.growth) * rate
             radius = rate = accepted = slope / (2.0 * curvature) / c.start
-            contracted, is_accepted = n, None
+            contracted, is_accepted, slopes, curvatures = n, None, [slope], [curvature]
         else:
             slopes.append(slope)
             curvatures.append(curvature)
             slope, curvature = smoothed(slopes, c.memory), smoothed(curvatures, c.memory)
             hidden = rate * spread / (c.window * reduction) if reduction else math.inf
             hidden = 0.0 if reduction == spread == 0.0 else hidden
-            far = max(radius, hidden)
+            far = max(radius, min(rate, hidden) if has_decreased else hidden)
             vertex = slope / (2.0 * curvature) if curvature > 0.0 else math.inf
             growth = 1.0 + c.growth / max(1, n - contracted)
             if slope > 0.0:
-                new = min(vertex, c.polyak * gap / slope, far, growth * rate)
+                cap = c.polyak * gap / slope if gap else math.inf
+                new = min(vertex, cap, far, growth * rate)
                 new = max(new, c.contraction * rate)
                 is_accepted = new >= c.rejection * rate
             else:

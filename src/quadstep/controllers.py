@@ -77,7 +77,7 @@ class TrustRegionState:
     losses: LossStatistics = field(default=LossStatistics())
     reference: float = -math.inf  # the level of the losses from which a decrease counts
     reduction: Ema = field(default=Ema())  # predicted, of one step
-    total_reduction: float = 0.0  # predicted since the last success
+    total_reduction: float = 0.0  # predicted since the radius was adapted
     radius: float = 0.0  # of the trust region, a rate; zero before the first rate was estimated
     minimum_distance: float = 0.0  # of the probes, for the losses to resolve the curvature
     rejections: int = 0  # steps in a row that were rejected
@@ -160,7 +160,7 @@ class TrustRegionConfig:
     significance: float = 1.0  # decrease of the loss that is sufficient, in spreads
     expansion: float = 1.7  # the radius after a sufficient decrease, in rates
     window: float = 12.0  # steps within which a predicted reduction would be visible
-    failure: float = 10.0  # predicted reductions without success that contract, in spreads
+    failure: float = 10.0  # predicted reductions without a decrease that contract, in spreads
     converged: float = 0.01  # gap of the losses, in peak gaps, from which on there is no expansion
     polyak: float = 2.0  # largest rate, in gap / slope: an exact parabola above zero allows two
     restart: int = 10  # rejected steps in a row after which the search starts over
@@ -183,16 +183,17 @@ class TrustRegionController:
 
     The radius of the trust region expands after a sufficient decrease of the loss, one beyond its
     spread. It contracts where many times the spread was predicted, and would have been seen by
-    now, and the loss is not lower. It does not bind where a predicted reduction is too small to be
-    seen beside the spread. Slope and curvature are averaged one by one, so that steep batches count
-    for more. Source: Zhu et al. (equation 3); Conn, Gould and Toint, "Trust-Region Methods" (2000);
-    Polyak, "Introduction to Optimization" (1987).
+    now, and the loss is not lower. Where a predicted reduction is too small to be seen beside the
+    spread, it does not bind before the first sufficient decrease, and holds the rate after it.
+    Slope and curvature are averaged one by one, so that steep batches count for more. Source: Zhu
+    et al. (equation 3); Conn, Gould and Toint, "Trust-Region Methods" (2000); Polyak, "Introduction
+    to Optimization" (1987).
 
     Example:
         >>> controller = TrustRegionController()
         >>> samples = LineSamples(0.5, loss_ahead=0.75, loss_center=1.0, loss_behind=1.75)
         >>> controller.update(TrustRegionState(), 0.5, samples)[1].rate
-        0.005
+        0.01
     """
 
     config: TrustRegionConfig = field(default_factory=TrustRegionConfig)
@@ -221,18 +222,17 @@ class TrustRegionController:
         rise = samples.loss_ahead - center
         if rise > max(config.failure * spread, fit.slope * samples.distance, samples.signal):
             # So far out a quadratic does not fit: its minimizer gives the order of magnitude.
-            hint = fit.minimizer if fit.has_minimum_ahead else 0.0
+            hint = fit.minimizer if fit.slope > 0.0 and fit.curvature > 0.0 else 0.0
             why = Reason.REJECTED if fit.slope > 0.0 else Reason.ASCENT
             return self._contract(state, rate, samples, hint, why)
         if samples.curvature_unresolved:
             if not state.fits and samples.slope_unresolved and not samples.contradicts_gradient:
                 rate = max(rate, _clamp(samples.distance))
-            distance = _clamp(WIDENING * samples.distance)
-            state = replace(state, minimum_distance=distance)
+            state = replace(state, minimum_distance=_clamp(WIDENING * samples.distance))
             return state, Decision(rate, rate, Reason.UNRESOLVED)
         state = replace(state, minimum_distance=samples.resolved_distance)
         if state.radius:
-            return self._choose(self._average(state, fit), rate)
+            return self._choose(self._average(state, fit), rate, samples.signal)
         return self._start(state, rate, samples, fit)
 
     def _observe(
@@ -287,10 +287,9 @@ class TrustRegionController:
         if fit.curvature <= 0.0:
             return state, Decision(reach, reach, Reason.CONCAVE)
         first = _clamp(fit.minimizer / self.config.start)
-        state = replace(state, radius=first, contraction=state.measurements, accepted=first)
-        state = replace(state, quadratic=fit, fits=1)
+        known = replace(state, radius=first, accepted=first, contraction=state.measurements)
         # The step stays within reach of the probe.
-        return state, Decision(first, min(first, reach), Reason.MINIMUM)
+        return self._average(known, fit), Decision(first, min(first, reach), Reason.MINIMUM)
 
     def _average(self, state: TrustRegionState, fit: Quadratic) -> TrustRegionState:
         """Averages the fit; the first ones weigh equally."""
@@ -300,32 +299,35 @@ class TrustRegionController:
         curvature = (1.0 - weight) * past.curvature + weight * fit.curvature
         return replace(state, quadratic=Quadratic(slope, curvature), fits=fits)
 
-    def _choose(self, state: TrustRegionState, rate: float) -> tuple[TrustRegionState, Decision]:
+    def _choose(
+        self, state: TrustRegionState, rate: float, resolution: float
+    ) -> tuple[TrustRegionState, Decision]:
         """Takes the smallest of the terms, which gives the reason."""
         config, quadratic, losses = self.config, state.quadratic, state.losses
         if quadratic.slope <= 0.0:
             # Once in a row: no rate descends then, and growth makes up for one contraction.
             factor = 1.0 if state.rejections else 1.0 / (1.0 + config.growth)
-            return self._reject(state, Decision(factor * rate, 0.0, Reason.ASCENT))
+            return self._reject(state, factor * rate, Reason.ASCENT)
         growth = 1.0 + config.growth / max(1, state.measurements - state.contraction)
         invisible = rate * divide(losses.spread, config.window * state.reduction.mean)
         # Without any predicted reduction there is no noise to hide it either.
         invisible = 0.0 if math.isnan(invisible) else invisible
-        # After a success the loss shows what to expect: what is invisible no more than holds.
+        # After a decrease the loss shows what to expect: what is invisible no more than holds.
         radius = max(state.radius, min(rate, invisible) if state.has_decreased else invisible)
-        convex = quadratic.curvature > 0.0
+        convex, gap = quadratic.curvature > 0.0, losses.gap
         terms = {
             Reason.MINIMUM: quadratic.minimizer if convex else math.inf,
-            Reason.POLYAK: config.polyak * losses.gap / quadratic.slope if losses.gap else math.inf,
+            Reason.POLYAK: config.polyak
+            * (gap if gap > resolution else math.inf)
+            / quadratic.slope,
             Reason.RADIUS if convex else Reason.CONCAVE: min(radius, rate * growth),
         }
         reason = min(terms, key=terms.__getitem__)
         new = _clamp(max(terms[reason], config.contraction * rate))
         if new < config.rejection * rate:
-            return self._reject(state, Decision(new, 0.0, reason))
+            return self._reject(state, new, reason)
         settled = reason is Reason.MINIMUM or growth <= SETTLED
-        state = replace(state, rejections=0, accepted=new)
-        return state, Decision(new, new, reason, settled)
+        return replace(state, rejections=0, accepted=new), Decision(new, new, reason, settled)
 
     def _contract(
         self, state: TrustRegionState, rate: float, samples: LineSamples, hint: float, why: Reason
@@ -333,18 +335,18 @@ class TrustRegionController:
         """Contracts the rate toward a hint; a probe beyond the rate tells nothing of the rate."""
         if samples.distance <= rate:
             rate *= min(max(hint / rate, self.config.contraction), self.config.rejection)
-        return self._reject(replace(state, minimum_distance=0.0), Decision(rate, 0.0, why))
+        return self._reject(replace(state, minimum_distance=0.0), rate, why)
 
     def _reject(
-        self, state: TrustRegionState, decision: Decision
+        self, state: TrustRegionState, rate: float, reason: Reason
     ) -> tuple[TrustRegionState, Decision]:
         """Rejects a step; after many the search starts over, at the last rate that was accepted."""
-        rejections, rate = state.rejections + 1, _clamp(decision.rate)
-        state = replace(state, rejections=rejections, contraction=state.measurements)
+        rejections, rate = state.rejections + 1, _clamp(rate)
         if rejections >= self.config.restart:
-            rate = max(rate, state.accepted)
-            state = replace(state, rejections=0, quadratic=Quadratic(0.0, 0.0), fits=0)
-        return state, replace(decision, rate=rate)
+            rejections, rate = 0, max(rate, state.accepted)
+            state = replace(state, quadratic=Quadratic(0.0, 0.0), fits=0)
+        state = replace(state, rejections=rejections, contraction=state.measurements)
+        return state, Decision(rate, 0.0, reason)
 
 
 def _clamp(rate: float) -> float:

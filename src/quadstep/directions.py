@@ -70,11 +70,12 @@ class Normalized(Direction):
 
     The second line is gradient centralization (Yong et al. 2020) of h / s with a mean that is
     weighted by s: so `<g, d> >= 0` whatever g and s are, weight decay apart, and an entry whose
-    gradient has always been zero does not move. Parameters of one dimension, as biases and scales,
-    are neither centralized nor decayed. A part of the mean is
-    left, so that what has a mean can be learned; where inputs share a sign, as pixels and outputs
-    of a ReLU do, the full mean would bound the rate. Update clipping then keeps the root mean
-    square of all directions together at most 1, as Adafactor does with d = 1.
+    gradient has always been zero does not move: the decay is in proportion to s / (s + eps).
+    Parameters of one dimension, as biases and scales, are decayed and not centralized. A part of
+    the mean is left, so that what has a mean can be learned; where inputs share a sign, as pixels
+    and outputs of a ReLU do, the full mean would bound the rate. Update clipping comes last, decay
+    included: it keeps the root mean square of all directions together at most 1, as Adafactor does
+    with d = 1.
 
     Args:
         decay: of the running mean square, per step; unbiased as Adam's.

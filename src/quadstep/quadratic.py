@@ -104,11 +104,6 @@ class Quadratic:
         """The rate at the vertex, `slope / (2 * curvature)` (equation 3); infinite if linear."""
         return divide(self.slope, 2.0 * self.curvature)
 
-    @property
-    def has_minimum_ahead(self) -> bool:
-        """Whether there is a minimum at a positive rate."""
-        return self.slope > 0.0 and self.curvature > 0.0
-
 
 def divide(numerator: float, denominator: float) -> float:
     """IEEE division: x / 0 is infinite and 0 / 0 is not a number, neither an exception."""

@@ -39,7 +39,7 @@ class LossStatistics:
     mean: Ema = field(default=Ema())
     deviation: Ema = field(default=Ema())  # of the losses from the mean before them, absolute
     lowest: float = math.inf  # of the losses
-    highest: float = -math.inf  # of the means
+    highest: float = -math.inf  # of the means, slowly forgotten
 
     @property
     def spread(self) -> float:
@@ -63,8 +63,10 @@ class LossStatistics:
             deviation = deviation.update(abs(loss - self.mean.mean), memory)
         if not math.isfinite(mean.mean + deviation.mean):
             mean, deviation = Ema().update(loss, memory), Ema()
-        lowest, highest = min(self.lowest, loss), max(self.highest, mean.mean)
-        return LossStatistics(mean, deviation, lowest, highest)
+        # An outlier fades.
+        faded = self.highest + (mean.mean - self.highest) / memory**2
+        highest = max(mean.mean, faded) if self.mean.count else mean.mean
+        return LossStatistics(mean, deviation, min(self.lowest, loss), highest)
 
 
 @dataclass(frozen=True, slots=True)

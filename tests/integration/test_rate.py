@@ -172,9 +172,9 @@ class TestGradientsThatAreNotTheSlope:
 
     @pytest.mark.slow
     def test_straight_through_estimators_train(self, name):
-        """Far from a parabola, and for some steps of an optimizer with a memory concave."""
+        """Slowly: near by the loss is a stair, and has no minimum."""
         task = classification(Binary(8, 32), nn.ReLU(), Binary(32, 3))
-        assert self.left(name, task, steps=1000) < 0.75
+        assert self.left(name, task, steps=2000) < 0.9
 
     def test_gradients_may_be_scaled(self, name):
         task = classification()

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from lines import sample_line
 from reference import trust_region
@@ -81,12 +81,16 @@ def noisy(seed, count, shift=0.0, scale=1.0):
     return [line(number) for number in range(count)]
 
 
+def near(loss, spread=1.0):
+    """The statistics of losses that were near this one."""
+    return LossStatistics(Ema(loss, 50), Ema(spread, 50), loss, loss)
+
+
 def started(**changed):
     """A state after the start of the search, which limits nothing."""
-    statistics = LossStatistics(Ema(1e9, 50), Ema(1.0, 50), lowest=1.0, peak_gap=1e9)
-    known = {"radius": 1e6, "measurements": 50, "contraction": 50, "success": 50, "adapted": 50}
-    state = TrustRegionState(losses=statistics, reduction=Ema(1e9, 50))
-    return replace(state, **known | changed)
+    known = {"radius": 1e6, "measurements": 50, "contraction": 50, "adapted": 50}
+    known |= {"losses": near(1e9), "has_decreased": True, "reduction": Ema(1e9, 50)}
+    return TrustRegionState(**known | changed)
 
 
 def with_checks(checks=SlopeCheck.INITIAL_CHECKS):
@@ -200,7 +204,7 @@ class TestOneMeasurement:
     ):
         line = Quadratic(slope, curvature)
         loss = more * slope**2 / (4.0 * curvature)
-        state = started(losses=LossStatistics(Ema(loss, 50), Ema(0.0, 50), loss, loss))
+        state = started(losses=near(loss, spread=0.0))
         _, decision = CONTROLLER.update(
             state, line.minimizer, sample_line(line, line.minimizer, loss)
         )
@@ -209,18 +213,16 @@ class TestOneMeasurement:
 
     @given(st.floats(0.01, 100.0), st.floats(1e-6, 1.0), st.floats(1e-9, 1e-3))
     def test_no_rate_predicts_a_loss_below_zero(self, slope, loss, curvature):
-        """But for a factor that a parabola needs."""
-        known = LossStatistics(Ema(loss, 50), Ema(0.0, 50), loss, loss)
-        rate, line = (
-            CONFIG.polyak * loss / slope / 1.5,
-            Quadratic(slope, curvature * slope**2 / loss),
-        )
-        samples = sample_line(line, rate, loss, EXACT)
-        _, decision = CONTROLLER.update(started(losses=known), rate, samples)
-        assert decision.reason is Reason.POLYAK
-        assert decision.rate * slope == pytest.approx(CONFIG.polyak * loss)
-        below = replace(known, lowest=-1.0)
-        assert CONTROLLER.update(started(losses=below), rate, samples)[1].reason is Reason.RADIUS
+        """Nor below a loss that was lower; but for a factor that a parabola needs."""
+        line = Quadratic(slope, curvature * slope**2 / loss)
+        known = near(loss, spread=0.0)
+        for lowest in (loss, 0.0, -0.2 * loss):
+            cap = CONFIG.polyak * (loss - min(lowest, 0.0)) / slope
+            samples = sample_line(line, cap / 1.5, loss, EXACT)
+            state = started(losses=replace(known, lowest=lowest))
+            _, decision = CONTROLLER.update(state, cap / 1.5, samples)
+            assert decision.reason is Reason.POLYAK
+            assert decision.rate == pytest.approx(cap)
 
     def test_slope_and_curvature_are_averaged_one_by_one(self):
         lines = along(Quadratic(2.0, 1.0), [1.0]) + along(Quadratic(4.0, 3.0), [1.0])
@@ -249,6 +251,13 @@ class TestStart:
         assert run.rate == pytest.approx(0.25 / CONFIG.start, rel=0.01)
         assert run.reasons[-1] is Reason.MINIMUM
         assert len(run.decisions) < 10
+
+    def test_the_first_line_is_a_part_of_the_average(self):
+        run = Run(1.0).add(*along(Quadratic(1.0, 2.0), [1.0]))
+        assert (run.state.quadratic.slope, run.state.fits) == (1.0, 1)
+        run.add(*along(Quadratic(3.0, 4.0), [1.0], EXACT))
+        assert run.state.quadratic.slope == pytest.approx(2.0)
+        assert run.state.quadratic.curvature == pytest.approx(3.0)
 
     def test_the_first_step_stays_within_reach_of_its_probe(self):
         _, decision = CONTROLLER.update(
@@ -340,10 +349,10 @@ class TestAnyLine:
             rate = decision.rate
 
     @settings(max_examples=50)
-    @given(seeds, st.floats(1e-6, 1e2))
+    @given(seeds, st.floats(1e-3, 1e2))
     def test_equals_the_plain_rule_step_by_step(self, seed, rate):
         """With constants that make all of it happen."""
-        config = replace(CONFIG, memory=15.0, loss_memory=5.0, restart=4)
+        config = replace(CONFIG, memory=5.0, start=4.0, restart=4)
         lines, expected = noisy(seed, 120), []
         rule = trust_region(rate, asdict(config))
         plain, _ = next(rule)
@@ -352,6 +361,7 @@ class TestAnyLine:
             plain, _ = rule.send([samples.loss_ahead, samples.loss_center, samples.loss_behind])
             expected.append(plain)
         run = Run(rate, TrustRegionController(config)).add(*lines)
+        assume(Reason.UNRESOLVED not in run.reasons)
         assert run.rates == pytest.approx(expected, rel=1e-6)
 
     @given(seeds, st.integers(-40, 40))
@@ -366,7 +376,6 @@ class TestAnyLine:
         shifted = [Run(1.0).add(*noisy(seed, 60, shift=each)) for each in (-10.0, shift)]
         assert shifted[1].rates == pytest.approx(shifted[0].rates, rel=0.01)
         assert shifted[1].reasons == shifted[0].reasons
-        assert Reason.POLYAK not in shifted[0].reasons
 
 
 def descent(rate, vertex, gain, resolution=2.0**-52, faults=(), steps=150, start=1.0, shift=0.0):
@@ -403,10 +412,16 @@ class TestDescent:
         assert loss < 0.95
         assert 1e-5 * vertex < run.rate < 2.5 * vertex
 
-    @pytest.mark.parametrize("rate", [1e-30, 1e-12, 1e-3, 1.0, 1e3, 1e12, 1e30])
-    def test_finds_the_vertex_from_any_start(self, rate):
-        """While the loss is far from zero."""
-        run, _ = descent(rate, 0.25, 0.01, steps=300, shift=-10.0)
+    @pytest.mark.parametrize(
+        ("shift", "rate"),
+        [
+            *itertools.product([10.0], [1e-30, 1e-12, 1e-3, 1.0, 1e3, 1e12, 1e30]),
+            *itertools.product([-10.0], [1e-3, 1.0, 1e3, 1e12, 1e30]),
+        ],
+    )
+    def test_finds_the_vertex_from_any_start(self, rate, shift):
+        """Below zero the gap is what was descended: at a tiny rate, a rounding error."""
+        run, _ = descent(rate, 0.25, 0.01, steps=300, shift=shift)
         assert run.reasons[-1] is Reason.MINIMUM
         assert run.rate == pytest.approx(0.25, rel=1e-2)
 
@@ -414,7 +429,7 @@ class TestDescent:
 class TestRadius:
     """Of a controller that forgets soon, along lines whose vertex is far."""
 
-    config = replace(CONFIG, loss_memory=5.0)
+    config = replace(CONFIG, memory=5.0)
     line = Quadratic(1.0, 1e-4)
 
     def run(self, losses, line=line, rate=0.1, **known):
@@ -430,35 +445,40 @@ class TestRadius:
         radii = [state.radius for state in run.states]
         return [n for n in range(1, len(radii)) if radii[n] < radii[n - 1]]
 
+    def decreases(self, run, start=0):
+        """Those from a start on at which there was a sufficient decrease."""
+        adapted = [state.adapted for state in run.states]
+        changed = [n for n in range(max(start, 1), len(adapted)) if adapted[n] > adapted[n - 1]]
+        return [n for n in changed if n not in self.contractions(run)]
+
     def test_expands_after_each_sufficient_decrease_and_at_no_other_time(self):
         run = self.run([2.0 * 0.99**step for step in range(150)])
         rates = [0.1, *run.rates]
-        successes = 0
+        decreases = self.decreases(run)
         for n in range(1, len(run.states)):
             before, after = run.states[n - 1], run.states[n]
-            if after.success != before.success:
-                successes += 1
-                assert after.radius == self.config.expansion * rates[n]
+            if n in decreases:
+                assert after.radius == max(before.radius, self.config.expansion * rates[n])
                 assert after.losses.mean.mean < before.reference - after.losses.spread
             else:
                 assert after.radius == max(before.radius, rates[n])
-        assert successes > 5
+        assert len(decreases) > 5
         assert run.rate > 0.5
 
     def test_a_decrease_counts_once(self):
         """The average that follows it is no other."""
         run = self.run(self.plateau(20, 0.1) + self.plateau(100, 0.1, level=1.0))
-        successes = {state.success for state in run.states} - {0}
-        assert len(successes) <= 3
-        assert max(successes) < 20 + 3 * self.config.loss_memory
+        decreases = self.decreases(run)
+        assert 1 <= len(decreases) <= 3
+        assert max(decreases) < 20 + 3 * self.config.memory
 
     @pytest.mark.parametrize("noise", [0.001, 0.01])
     def test_contracts_when_a_decrease_would_have_been_seen(self, noise):
         run = self.run(self.plateau(100, noise))
         contractions = self.contractions(run)
-        assert contractions[0] == math.floor(2 * self.config.loss_memory)
+        assert contractions[0] == math.floor(2 * self.config.memory)
         for before, at in itertools.pairwise([-1, *contractions]):
-            assert at - before > 2 * self.config.loss_memory
+            assert at - before > 2 * self.config.memory
             old, new = run.states[at - 1 : at + 1]
             predicted = old.total_reduction + run.rates[at - 1]
             assert predicted > self.config.failure * new.losses.spread
@@ -470,7 +490,7 @@ class TestRadius:
         """Of which a step predicts a third."""
         run = self.run(self.plateau(200, noise=0.3))
         first = self.contractions(run)[0]
-        assert first > 2 * self.config.loss_memory + 1
+        assert first > 2 * self.config.memory + 1
         old, new = run.states[first - 1 : first + 1]
         assert old.total_reduction < self.config.failure * new.losses.spread
         assert old.total_reduction + 0.11 > self.config.failure * new.losses.spread
@@ -480,15 +500,22 @@ class TestRadius:
         self, reference, contracts
     ):
         """By less than would be another."""
-        run = self.run(self.plateau(100), reference=reference, success=1, measurements=10)
-        assert {state.success for state in run.states} == {1}
+        known = {"reference": reference, "has_decreased": True, "adapted": 1, "measurements": 10}
+        run = self.run(self.plateau(100), **known)
+        assert not self.decreases(run)
         assert bool(self.contractions(run)) == contracts
 
     def test_does_not_bind_while_predicted_reductions_are_invisible(self):
         """It rises until what a step predicts is a part of the spread."""
         run = self.run(self.plateau(300, noise=1.0), rate=1e-4)
-        assert run.state.success == 0
+        assert not run.state.has_decreased
         assert run.rate == pytest.approx(run.state.losses.spread / self.config.window, rel=0.2)
+
+    def test_after_a_decrease_invisible_reductions_hold_the_rate(self):
+        """They neither raise it nor leave it to the radius."""
+        run = self.run(self.plateau(1000, noise=-1.0), rate=0.05, has_decreased=True)
+        assert set(run.rates) == {0.05}
+        assert len(self.contractions(run)) > 1
 
     def test_a_constant_loss_neither_expands_nor_contracts_for_want_of_noise(self):
         """Nor is a reduction invisible beside it."""
@@ -496,23 +523,25 @@ class TestRadius:
         assert set(run.rates) == {0.1}
 
     def test_near_zero_loss_it_no_longer_expands(self):
+        """Nor near the lowest loss, if that is below zero."""
         losses = [2.0 * 0.9**step for step in range(150)]
-        frozen, above = self.run(losses), self.run([loss - 3.0 for loss in losses])
-        for run, expansion in ((frozen, 1.0), (above, self.config.expansion)):
-            late = [n for n in range(120, 150) if run.states[n].success == n + 1]
+        for shift, expansion in ((0.0, 1.0), (-3.0, 1.0), (3.0, self.config.expansion)):
+            run = self.run([loss + shift for loss in losses])
+            late = self.decreases(run, start=120)
             assert late
             for n in late:
-                assert run.states[n].radius == pytest.approx(expansion * run.rates[n - 1])
-        assert frozen.states[-1].losses.gap < self.config.converged * 2.0
+                radius = max(run.states[n - 1].radius, expansion * run.rates[n - 1])
+                assert run.states[n].radius == radius
+            is_converged = run.state.losses.gap < self.config.converged * 2.0
+            assert is_converged == (expansion == 1.0)
 
     @settings(max_examples=10)
     @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), st.floats(1e-6, 1e6))
-    def test_every_loss_is_forgotten(self, losses, rate):
+    def test_a_decrease_is_seen_after_any_losses(self, losses, rate):
         run = self.run(losses, rate=rate)
         run.add(*along(self.line, self.plateau(1200), EXACT))
-        before = run.state.success
         run.add(*along(self.line, self.plateau(100, level=1.0), EXACT))
-        assert run.state.success > max(before, 1200)
+        assert self.decreases(run, start=1200)
 
 
 class TestRestart:

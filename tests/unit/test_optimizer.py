@@ -93,7 +93,7 @@ class TestTheRate:
     def test_equals_the_plain_rule_along_the_plain_direction(self, name, weight_decay, monkeypatch):
         """Step by step, with a memory so short that the radius expands and contracts."""
         take_two_probes(monkeypatch)
-        config = replace(TrustRegionConfig(), memory=10.0, loss_memory=3.0, start=10.0)
+        config = replace(TrustRegionConfig(), memory=5.0, start=10.0)
         task = classification(nn.Linear(8, 3, bias=False), dtype=torch.float64)
         (theta,) = task.model.parameters()
 

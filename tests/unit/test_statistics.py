@@ -59,15 +59,24 @@ class TestLossStatistics:
     def test_scales_with_the_losses(self, losses, exponent):
         scale = 2.0**exponent
         plain, scaled = after(losses), after([scale * loss for loss in losses])
-        for name in ("spread", "gap", "lowest", "peak_gap"):
+        for name in ("spread", "gap", "lowest", "peak"):
             assert getattr(scaled, name) == scale * getattr(plain, name)
 
-    def test_the_gap_is_known_until_a_loss_is_below_zero(self):
+    def test_the_gap_is_that_to_zero_or_to_a_lower_loss(self):
         falling = [4.0, 3.0, 2.0, 1.0]
-        assert after(falling).gap == 2.5
-        assert after(falling).peak_gap == 4.0
-        assert after([*falling, 0.0]).gap == 2.0
-        assert after([*falling, -1e-9, 5.0]).gap == math.inf
+        for losses, gap, peak in (
+            (falling, 2.5, 4.0),
+            ([*falling, 0.0], 2.0, 4.0),
+            ([*falling, -5.0], 6.0, 9.0),
+            ([*falling, -5.0, 7.0], 7.0, 9.0),
+        ):
+            assert (after(losses).gap, after(losses).peak) == (gap, peak)
+
+    @given(st.lists(st.floats(0.0, 1e3), min_size=1, max_size=30), st.floats(-1e3, 0.0))
+    def test_below_zero_a_constant_added_to_all_losses_leaves_gap_and_peak(self, losses, constant):
+        plain, shifted = (after([loss - 2e3 + each for loss in losses]) for each in (0.0, constant))
+        assert shifted.gap == pytest.approx(plain.gap, abs=1e-9)
+        assert shifted.peak == pytest.approx(plain.peak, abs=1e-9)
 
     def test_the_gap_is_no_smaller_than_the_spread(self):
         """Losses that jump between zero and a peak may be at either."""
@@ -80,6 +89,7 @@ class TestLossStatistics:
         statistics = after(losses)
         assert math.isfinite(statistics.mean.mean)
         assert 0.0 <= statistics.spread < math.inf
+        assert statistics.lowest == min(losses)
 
 
 class TestNoise:
