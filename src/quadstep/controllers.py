@@ -29,7 +29,7 @@ class Reason(StrEnum):
 
     INITIAL = "initial"  # no step was taken yet: the first rate, or that of a loaded state
     MINIMUM = "minimum"  # the minimizer of the quadratic
-    RADIUS = "radius"  # the trust region ends before the minimizer
+    RADIUS = "radius"  # the trust region, or the growth, ends before the minimizer
     POLYAK = "polyak"  # a larger rate would predict a loss below zero
     REUSED = "reused"  # not measured, not being due or all gradients being zero
     REJECTED = "rejected"  # the loss rises far: a contraction
@@ -71,7 +71,7 @@ class TrustRegionState:
     quadratic: Quadratic = field(default=Quadratic(0.0, 0.0))  # averaged
     fits: int = 0  # number of fits in it
     measurements: int = 0  # number of losses
-    contraction: int = 0  # `measurements` at the last contraction
+    contraction: int = 0  # `measurements` at the last rejected step, or the first rate
     adapted: int = 0  # `measurements` at the last expansion or contraction of the radius
     has_decreased: bool = False  # whether there was a sufficient decrease
     losses: LossStatistics = field(default=LossStatistics())
@@ -154,7 +154,7 @@ class TrustRegionConfig:
 
     memory: float = 20.0  # of the averaged quadratic and of the statistics of the losses
     start: float = 50.0  # the first rate is the first minimizer over this
-    growth: float = 2.0  # n measurements after a contraction the rate grows by 1 + growth / n
+    growth: float = 2.0  # n measurements after a rejection the rate grows by 1 + growth / n
     contraction: float = 0.1  # smallest factor of the rate at a measurement
     rejection: float = 0.5  # factor of the rate below which the step is rejected
     significance: float = 1.0  # decrease of the loss that is sufficient, in spreads
@@ -249,7 +249,7 @@ class TrustRegionController:
         now, level = state.measurements + 1, losses.mean.mean
         reference = max(state.reference, level)
         if now > config.memory:
-            # An outlier fades.
+            # Later levels raise it slowly.
             reference = state.reference + (reference - state.reference) / config.memory
         total, adapted, radius = state.total_reduction + reduction, state.adapted, state.radius
         has_decreased = level < reference - config.significance * losses.spread
@@ -288,11 +288,12 @@ class TrustRegionController:
         if fit.curvature <= 0.0:
             return state, Decision(reach, reach, Reason.CONCAVE)
         first = _clamp(fit.minimizer / self.config.start)
-        known = replace(
-            state, radius=first, accepted=first, contraction=state.measurements, rejections=0
-        )
+        state = self._average(state, fit)
+        state = replace(state, radius=first, contraction=state.measurements)
         # The step stays within reach of the rate in force.
-        return self._average(known, fit), Decision(first, min(first, reach), Reason.MINIMUM)
+        return replace(state, accepted=first, rejections=0), Decision(
+            first, min(first, reach), Reason.MINIMUM
+        )
 
     def _average(self, state: TrustRegionState, fit: Quadratic) -> TrustRegionState:
         """Averages the fit; the first ones weigh equally."""
@@ -317,12 +318,12 @@ class TrustRegionController:
         invisible = 0.0 if math.isnan(invisible) else invisible
         # After a decrease the loss shows what to expect: what is invisible no more than holds.
         radius = max(state.radius, min(rate, invisible) if state.has_decreased else invisible)
-        convex, gap = quadratic.curvature > 0.0, losses.gap
+        # Where rounding hides the gap it bounds nothing.
+        gap = losses.gap if losses.gap > resolution else math.inf
+        convex = quadratic.curvature > 0.0
         terms = {
             Reason.MINIMUM: quadratic.minimizer if convex else math.inf,
-            Reason.POLYAK: config.polyak
-            * (gap if gap > resolution else math.inf)
-            / quadratic.slope,
+            Reason.POLYAK: config.polyak * gap / quadratic.slope,
             Reason.RADIUS if convex else Reason.CONCAVE: min(radius, rate * growth),
         }
         reason = min(terms, key=terms.__getitem__)

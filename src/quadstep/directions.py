@@ -173,8 +173,8 @@ class RMSNormalized(Normalized):
 class TensorNormalized(Normalized):
     """Normalizes each tensor by one number, the root mean square of its entries.
 
-    Within a tensor this is the gradient, centralized. The state of a parameter is `step` and
-    `square_avg`, two numbers.
+    Within a tensor this is the gradient, centralized; entries whose gradient is zero at a step
+    stay, without decay. The state of a parameter is `step` and `square_avg`, two numbers.
     """
 
     state_dtypes: Mapping[str, torch.dtype] = {"square_avg": torch.float32}
@@ -184,8 +184,8 @@ class TensorNormalized(Normalized):
         if "square_avg" not in entry:
             entry["step"] = 0
             entry["square_avg"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        kept = entry["square_avg"]
-        check_state(kept.new_empty((), device=param.device), kept, torch.float32)
+        mean_square = entry["square_avg"]
+        check_state(mean_square.new_empty((), device=param.device), mean_square, torch.float32)
 
     def roots(
         self, block: ParamBlock, states: list[dict[str, Any]], weights: list[float]

@@ -18,11 +18,7 @@ from quadstep import arguments
 from quadstep.averaging import PlainUpdate, ScheduleFree
 from quadstep.checkpoint import TRAINING, is_state_request
 from quadstep.closures import Closure, ClosureEvaluator
-from quadstep.controllers import (
-    StepController,
-    TrustRegionController,
-    VertexController,
-)
+from quadstep.controllers import StepController, TrustRegionController, VertexController
 from quadstep.directions import (
     Direction,
     Gradient,
@@ -62,7 +58,7 @@ class LQA(AveragedOptimizer):
             measurements do not alias with periodic batches; the steps between reuse the last
             estimate. By default 10 with averaging and 1 without.
         weight_decay: decoupled as in AdamW, in units of the rate; groups may have their own. By
-            default 0.01.
+            default 0.01, but 0 along `quadstep.directions.Gradient`.
         state_dtype: `torch.bfloat16` or `torch.float32`, the type of the optimizer's own state (the
             mean squares, and the fast iterate of the averaging); by default that of each
             parameter. Writes in bfloat16 are rounded stochastically, so that small changes count

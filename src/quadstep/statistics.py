@@ -53,7 +53,7 @@ class LossStatistics:
 
     @property
     def peak(self) -> float:
-        """How far above it the highest mean was."""
+        """How far the highest mean was above the lowest loss there can be."""
         return self.highest - min(self.lowest, 0.0)
 
     def update(self, loss: float, memory: float) -> LossStatistics:
@@ -63,7 +63,7 @@ class LossStatistics:
             deviation = deviation.update(abs(loss - self.mean.mean), memory)
         if not math.isfinite(mean.mean + deviation.mean):
             mean, deviation = Ema().update(loss, memory), Ema()
-        # An outlier fades.
+        # An early outlier is not to stop all expansion for good.
         faded = self.highest + (mean.mean - self.highest) / memory**2
         highest = max(mean.mean, faded) if self.mean.count else mean.mean
         return LossStatistics(mean, deviation, min(self.lowest, loss), highest)

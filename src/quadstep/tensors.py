@@ -101,7 +101,7 @@ def norms(tensors: list[Tensor]) -> Sequence[Tensor]:
     """Plain tensors whose joint norm equals that of `tensors`, of one device or mesh."""
     if is_distributed(tensors[0]):
         return [full_tensor(get_total_norm(tensors))]
-    return torch._foreach_norm(tensors)
+    return tensor_norms(tensors)
 
 
 def tensor_norms(tensors: list[Tensor]) -> Sequence[Tensor]:
